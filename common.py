@@ -1,0 +1,556 @@
+"""Parts that any detector on a feature pyramid shares: backbone + FPN, locations, NMS.
+
+Symbols used throughout: B images, N locations, M boxes, C classes, K detections. Boxes are
+``(x1, y1, x2, y2)`` in pixels of the image tensor they belong to.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
+
+__all__ = [
+    "DetectorBackboneWithFPN",
+    "PretrainedWeightsWarning",
+    "at_least_float32",
+    "check_images",
+    "check_threshold",
+    "check_training_batch",
+    "class_spec_nms",
+    "get_fpn_location_coords",
+    "hello_common",
+    "nms",
+]
+
+# Feature maps that feed the pyramid, with the stride (image pixels per cell) of each.
+STAGE_STRIDES = {"c3": 8, "c4": 16, "c5": 32}
+
+# A server that accepts a connection and then says nothing must not hang the building of a model.
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+
+
+def hello_common() -> None:
+    """Tell the notebook that this module was imported."""
+    print("Hello from common.py!")
+
+
+# --------------------------------------------------------------------------------------------
+# Backbone and feature pyramid
+# --------------------------------------------------------------------------------------------
+
+
+class PretrainedWeightsWarning(UserWarning):
+    """ImageNet weights were asked for and are not to be had."""
+
+
+class DetectorBackboneWithFPN(nn.Module):
+    """A classification network and a feature pyramid on top of its last three stages.
+
+    The pyramid follows Lin et al., "Feature Pyramid Networks for Object Detection"
+    (arXiv 1612.03144), figure 3: a 1x1 lateral convolution per stage, nearest-neighbour top-down
+    upsampling and addition, a 3x3 output convolution per level.
+
+    Args:
+        out_channels: channels of every pyramid level.
+        backbone: name of a torchvision classification network that has stages of stride 8, 16
+            and 32 (``"regnet_x_400mf"``, ``"resnet50"``, ``"regnet_x_3_2gf"``, ...), or
+            ``"timm:NAME"`` for a network of the optional package timm.
+        weights: ``"DEFAULT"`` for ImageNet weights (from the local cache, otherwise downloaded;
+            where neither is possible the network starts from random weights and a warning says
+            so), ``None`` for random weights, or the path of a state dict of the classification
+            network.
+
+    Raises:
+        ValueError: unknown network, a network without the three strides, or a weights file that
+            is missing, unreadable or belongs to another network.
+
+    Example:
+        >>> model = DetectorBackboneWithFPN(64, weights=None)  # doctest: +ELLIPSIS
+        For dummy input ...
+        >>> {name: tuple(feat.shape) for name, feat in model(torch.rand(1, 3, 64, 96)).items()}
+        {'p3': (1, 64, 8, 12), 'p4': (1, 64, 4, 6), 'p5': (1, 64, 2, 3)}
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        *,
+        backbone: str = "regnet_x_400mf",
+        weights: str | os.PathLike | None = "DEFAULT",
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.backbone = _build_backbone(backbone, weights)
+
+        stage_shapes = _stage_shapes(self.backbone, torch.Size((2, 3, 224, 224)))
+        print("For dummy input images with shape: (2, 3, 224, 224)")
+        for stage, shape in stage_shapes.items():
+            print(f"Shape of {stage} features: {tuple(shape)}")
+
+        laterals = {
+            f"lateral_{stage}": nn.Conv2d(shape[1], out_channels, kernel_size=1)
+            for stage, shape in stage_shapes.items()
+        }
+        outputs = {
+            f"output_p{stage[1:]}": nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+            for stage in stage_shapes
+        }
+        self.fpn_params = nn.ModuleDict({**laterals, **outputs})
+
+    @property
+    def fpn_strides(self) -> dict[str, int]:
+        """Image pixels between neighbouring locations, per pyramid level."""
+        return {f"p{stage[1:]}": stride for stage, stride in STAGE_STRIDES.items()}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the pyramid.
+
+        Args:
+            images: ``(B, 3, H, W)``, any H and W.
+
+        Returns:
+            ``{"p3": (B, out_channels, ceil(H / 8), ceil(W / 8)), "p4": ..., "p5": ...}``.
+        """
+        features = self.backbone(images)
+        pyramid: dict[str, Tensor] = {}
+        top_down: Tensor | None = None
+        for stage in reversed(STAGE_STRIDES):
+            merged = self.fpn_params[f"lateral_{stage}"](features[stage])
+            if top_down is not None:
+                # To the lateral's own size, not by a factor of two: sides of the image need not
+                # be multiples of 32.
+                merged = merged + F.interpolate(top_down, size=merged.shape[-2:], mode="nearest")
+            top_down = merged
+            level = f"p{stage[1:]}"
+            pyramid[level] = self.fpn_params[f"output_{level}"](merged)
+        return {level: pyramid[level] for level in self.fpn_strides}
+
+
+def _build_backbone(name: str, weights: str | os.PathLike | None) -> nn.Module:
+    """Return a network that maps images to ``{"c3": ..., "c4": ..., "c5": ...}``."""
+    build = _build_timm if name.startswith("timm:") else _build_torchvision
+    if weights is None:
+        return build(name, None)
+    if weights != "DEFAULT":
+        if not os.path.isfile(weights):
+            raise ValueError(
+                f"weights={str(weights)!r} is not a file. Pass the path of a state dict, "
+                '"DEFAULT" for ImageNet weights, or None for random weights.'
+            )
+        return build(name, weights)
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+    try:
+        return build(name, "DEFAULT")
+    # URLError, HTTPError and time-outs are OSErrors; a broken download fails torch.hub's hash
+    # check with a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"\n{'!' * 88}\n"
+            f"NO PRETRAINED WEIGHTS for the backbone {name!r}: {error}\n"
+            "The backbone starts from RANDOM weights. Everything runs, but a detector trained on a"
+            "\nfew thousand photographs from such a start ends far below a pretrained one: expect"
+            "\nless than half of its mAP. Connect to the network once, or pass weights=FILE; pass"
+            "\nweights=None if random weights are what you want.\n"
+            f"{'!' * 88}",
+            PretrainedWeightsWarning,
+            stacklevel=3,
+        )
+        return build(name, None)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _build_torchvision(name: str, weights: str | os.PathLike | None) -> nn.Module:
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise ValueError(
+            f"backbone={name!r} is not a classification network of torchvision. Expected a name "
+            'such as "regnet_x_400mf" or "resnet50" (torchvision.models.list_models() lists all), '
+            'or "timm:NAME" for a network of timm.'
+        )
+    model = torchvision.models.get_model(name, weights="DEFAULT" if weights == "DEFAULT" else None)
+    if weights not in (None, "DEFAULT"):
+        _load_backbone_weights(model, weights, name)
+    stages = _find_stages(model, name)
+    return create_feature_extractor(model, {module: stage for stage, module in stages.items()})
+
+
+def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(
+            f"backbone={name!r} needs the package timm, which is not installed. "
+            'Install it with: pip install "eecs598-fcos[timm]"'
+        ) from None
+    name = name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ValueError(
+            f"timm has no network called {name!r}; timm.list_models() lists those it has."
+        )
+    # The file goes through timm's own loader, which drops the classifier and renames old keys.
+    overlay = {"file": os.fspath(weights)} if weights not in (None, "DEFAULT") else None
+    try:
+        model = timm.create_model(
+            name, pretrained=weights is not None, features_only=True, pretrained_cfg_overlay=overlay
+        )
+    except (RuntimeError, AttributeError) as error:
+        if overlay:
+            raise ValueError(
+                f"{str(weights)!r} does not hold weights of timm's {name!r}: {error}"
+            ) from error
+        raise
+    reductions = model.feature_info.reduction()
+    if not set(STAGE_STRIDES.values()) <= set(reductions):
+        raise ValueError(_missing_strides(f"timm:{name}", reductions))
+    return _NamedStages(model, [reductions.index(stride) for stride in STAGE_STRIDES.values()])
+
+
+class _NamedStages(nn.Module):
+    """Give names to three of the feature maps that a timm network returns as a list."""
+
+    def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.indices = indices
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.model(images)
+        return {stage: features[i] for stage, i in zip(STAGE_STRIDES, self.indices, strict=True)}
+
+
+def _load_backbone_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:  # unpickling garbage raises almost anything
+        raise ValueError(
+            f"{str(path)!r} does not hold a state dict of the network {name!r}: {error}"
+        ) from error
+
+
+def _find_stages(model: nn.Module, name: str) -> dict[str, str]:
+    """Find the modules of a classification network that end the stages c3, c4 and c5.
+
+    A stage ends at the last module whose output has the stage's stride. Modules nested deeper
+    than others of the same stride are not candidates: the first convolution of a bottleneck still
+    has the stride of the stage before, and would win otherwise.
+
+    Returns:
+        ``{"c3": qualified module name, "c4": ..., "c5": ...}``.
+    """
+    side = 288  # a multiple of 32 at which a 7x7 adaptive pooling can't pass for stride 32
+    best: dict[int, tuple[int, str]] = {}
+
+    def record(module_name: str):
+        def hook(_module: nn.Module, _inputs: tuple, output: object) -> None:
+            if not isinstance(output, Tensor) or output.dim() != 4:
+                return
+            depth = module_name.count(".")
+            for stride in STAGE_STRIDES.values():
+                if output.shape[-2:] != (side // stride, side // stride):
+                    continue
+                if stride not in best or depth <= best[stride][0]:
+                    best[stride] = (depth, module_name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(module_name))
+        for module_name, module in model.named_modules()
+        if module_name
+    ]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, side, side))
+    except (AssertionError, RuntimeError) as error:  # networks bound to one input size
+        raise ValueError(f"backbone={name!r} can't take images of any size: {error}") from error
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if len(best) < len(STAGE_STRIDES):
+        raise ValueError(_missing_strides(name, sorted(best)))
+    return {stage: best[stride][1] for stage, stride in STAGE_STRIDES.items()}
+
+
+def _missing_strides(name: str, found: Sequence[int]) -> str:
+    return (
+        f"backbone={name!r} has no feature maps of stride 8, 16 and 32 in (B, C, H, W) layout "
+        f"(found strides {list(found)}). Choose a convolutional network that has them."
+    )
+
+
+@torch.no_grad()
+def _stage_shapes(backbone: nn.Module, shape: torch.Size) -> dict[str, torch.Size]:
+    """Shapes of c3, c4, c5 for an input shape. Leaves batch-norm statistics and mode untouched."""
+    was_training = backbone.training
+    reference = next(backbone.parameters())
+    images = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
+    features = backbone.eval()(images)
+    backbone.train(was_training)
+    return {stage: features[stage].shape for stage in STAGE_STRIDES}
+
+
+# --------------------------------------------------------------------------------------------
+# Locations
+# --------------------------------------------------------------------------------------------
+
+
+def get_fpn_location_coords(
+    shape_per_fpn_level: Mapping[str, Sequence[int]],
+    strides_per_fpn_level: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Image coordinates of the centre of every feature-map cell.
+
+    The order is x-major: all locations of the first column, then the second, and so on. It is the
+    order of every per-location tensor in this code, so that location n and prediction n mean the
+    same place (``one_stage_detector.FCOSPredictionNetwork`` flattens its maps alike).
+
+    Args:
+        shape_per_fpn_level: ``(B, channels, H, W)`` of each level's feature map.
+        strides_per_fpn_level: image pixels per cell of each level.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        Per level ``(W * H, 2)`` coordinates ``(xc, yc)``: cell (row i, column j) lies at
+        ``(stride * (j + 0.5), stride * (i + 0.5))``.
+
+    Example:
+        >>> get_fpn_location_coords({"p3": (1, 64, 2, 3)}, {"p3": 8})["p3"].tolist()
+        [[4.0, 4.0], [4.0, 12.0], [12.0, 4.0], [12.0, 12.0], [20.0, 4.0], [20.0, 12.0]]
+    """
+    locations: dict[str, Tensor] = {}
+    for level, shape in shape_per_fpn_level.items():
+        if level not in strides_per_fpn_level:
+            raise ValueError(
+                f"no stride was given for level {level!r}; strides are known for "
+                f"{sorted(strides_per_fpn_level)}."
+            )
+        if len(shape) != 4:
+            raise ValueError(
+                f"the shape of level {level!r} is {tuple(shape)}; expected (B, channels, H, W)."
+            )
+        height, width = shape[-2:]
+        stride = strides_per_fpn_level[level]
+        x = stride * (torch.arange(width, dtype=dtype, device=device) + 0.5)
+        y = stride * (torch.arange(height, dtype=dtype, device=device) + 0.5)
+        grid = torch.meshgrid(x, y, indexing="ij")  # two of (W, H)
+        locations[level] = torch.stack(grid, dim=-1).flatten(0, 1)  # (W * H, 2)
+    return locations
+
+
+# --------------------------------------------------------------------------------------------
+# Non-maximum suppression
+# --------------------------------------------------------------------------------------------
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5) -> Tensor:
+    """Greedy non-maximum suppression.
+
+    Boxes are visited by decreasing score (equal scores in input order). Each box that is still
+    there is kept and removes every later box that overlaps it with an IoU above the threshold.
+
+    Args:
+        boxes: ``(K, 4)`` XYXY with ``x1 <= x2`` and ``y1 <= y2``.
+        scores: ``(K,)``.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        Indices of the kept boxes by decreasing score, int64, on the device of ``boxes``; the same
+        as ``torchvision.ops.nms`` gives.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a threshold outside [0, 1].
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30]])
+        >>> nms(boxes, torch.tensor([0.5, 0.9, 0.1])).tolist()
+        [1, 2]
+    """
+    _check_nms_inputs(boxes, scores, iou_threshold)
+    return _greedy_nms(boxes, scores, None, iou_threshold)
+
+
+def class_spec_nms(
+    boxes: Tensor, scores: Tensor, class_ids: Tensor, iou_threshold: float = 0.5
+) -> Tensor:
+    """Non-maximum suppression in which only boxes of the same class suppress each other.
+
+    Classes are compared as they are. The usual trick, shifting each class to its own region of
+    the plane and running plain NMS, rounds coordinates and so changes results when they are
+    large or of low precision.
+
+    Args:
+        boxes: ``(K, 4)`` XYXY.
+        scores: ``(K,)``.
+        class_ids: ``(K,)`` integers.
+        iou_threshold: in [0, 1].
+
+    Returns:
+        Indices of the kept boxes of all classes by decreasing score, int64.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a threshold outside [0, 1].
+    """
+    _check_nms_inputs(boxes, scores, iou_threshold)
+    if class_ids.shape != scores.shape:
+        raise ValueError(
+            f"class_ids has shape {tuple(class_ids.shape)}; expected {tuple(scores.shape)}, one "
+            "class for each score."
+        )
+    return _greedy_nms(boxes, scores, class_ids, iou_threshold)
+
+
+# Boxes resolved against each other at a time. Memory grows with this times the number of boxes.
+_NMS_BLOCK = 256
+
+
+def _greedy_nms(
+    boxes: Tensor, scores: Tensor, class_ids: Tensor | None, iou_threshold: float
+) -> Tensor:
+    boxes = at_least_float32(boxes)
+    threshold = _largest_not_above(iou_threshold, boxes.dtype)
+    remaining = scores.argsort(descending=True, stable=True)
+    kept: list[Tensor] = []
+
+    def suppresses(first: Tensor, second: Tensor) -> Tensor:
+        overlap = _pairwise_iou(boxes[first], boxes[second]) > threshold
+        if class_ids is not None:
+            overlap &= class_ids[first][:, None] == class_ids[second]
+        return overlap
+
+    while remaining.numel() > 0:
+        block, rest = remaining[:_NMS_BLOCK], remaining[_NMS_BLOCK:]
+        # conflict[i, j]: box i, when kept, removes the later box j.
+        conflict = suppresses(block, block).triu(diagonal=1)
+        # Which boxes survive depends only on earlier ones, so repeating the rule settles at least
+        # one more box a round and ends at the one greedy answer, in practice after a few rounds.
+        survives = torch.ones_like(block, dtype=torch.bool)
+        while True:
+            updated = ~(conflict & survives[:, None]).any(dim=0)
+            if torch.equal(updated, survives):
+                break
+            survives = updated
+        winners = block[survives]
+        kept.append(winners)
+        remaining = rest[~suppresses(winners, rest).any(dim=0)]
+    return torch.cat(kept) if kept else remaining
+
+
+def _pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of every box of ``first`` (n, 4) with every box of ``second`` (m, 4): (n, m).
+
+    Degenerate pairs with no area give NaN, which is above no threshold. The order of operations
+    is torchvision's, so that both round alike.
+    """
+    area_first = (first[:, 2] - first[:, 0]) * (first[:, 3] - first[:, 1])
+    area_second = (second[:, 2] - second[:, 0]) * (second[:, 3] - second[:, 1])
+    left_top = torch.maximum(first[:, None, :2], second[:, :2])
+    right_bottom = torch.minimum(first[:, None, 2:], second[:, 2:])
+    sides = (right_bottom - left_top).clamp_(min=0)
+    intersection = sides[..., 0] * sides[..., 1]
+    return intersection / (area_first[:, None] + area_second - intersection)
+
+
+def _largest_not_above(value: float, dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` that is not above ``value``.
+
+    torchvision compares a float32 IoU with a double-precision threshold. Comparing in float32
+    would round 0.7 down and 0.3 up, and keep or drop boxes that lie just there. For a float32 x,
+    ``x > value`` holds exactly when x is above this number.
+    """
+    rounded = torch.tensor(value, dtype=dtype)
+    if rounded.item() > value:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+    return rounded.item()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+# --------------------------------------------------------------------------------------------
+# Checks of what users pass in
+# --------------------------------------------------------------------------------------------
+
+
+def check_threshold(name: str, value: float) -> None:
+    """Raise ValueError unless a score or IoU threshold lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r}; expected a number from 0 to 1.")
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless ``images`` is a finite floating-point ``(B, 3, H, W)`` batch."""
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, H, W).")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype}; expected a floating-point type. Scale pixels to [0, 1] "
+            "and normalise them first."
+        )
+    if not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"images {bad} of the batch hold NaN or infinite pixels; check how they were decoded "
+            "and normalised."
+        )
+
+
+def check_training_batch(images: Tensor, gt_boxes: Tensor, num_classes: int) -> None:
+    """Raise ValueError when a training batch can't be what a detector expects.
+
+    Reads values, so call it on tensors in host memory: on a GPU each check would wait for the
+    device.
+
+    Args:
+        images: ``(B, 3, H, W)``, finite.
+        gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id; rows of -1 are padding.
+        num_classes: class ids must be below it.
+    """
+    check_images(images)
+    if gt_boxes.dim() != 3 or gt_boxes.shape[-1] != 5 or len(gt_boxes) != len(images):
+        raise ValueError(
+            f"gt_boxes have shape {tuple(gt_boxes.shape)}; expected ({len(images)}, M, 5): "
+            "x1, y1, x2, y2, class id, padded with rows of -1."
+        )
+    classes = gt_boxes[..., 4]
+    if (classes >= num_classes).any() or (classes < -1).any() or (classes % 1 != 0).any():
+        raise ValueError(
+            f"gt_boxes hold class ids from {classes.min():g} to {classes.max():g}; a detector of "
+            f"num_classes={num_classes} expects whole numbers 0..{num_classes - 1}, and -1 for "
+            "padding. Build it with as many classes as the data has."
+        )
+    boxes = gt_boxes[classes >= 0][:, :4]
+    reversed_sides = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    if not torch.isfinite(boxes).all() or reversed_sides.any():
+        raise ValueError(
+            "gt_boxes hold a box that is not finite or has x2 < x1 or y2 < y1; expected XYXY in "
+            f"pixels. First one: {boxes[reversed_sides | ~boxes.isfinite().all(1)][0].tolist()}"
+        )
+
+
+def _check_nms_inputs(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected (K, 4).")
+    if scores.shape != boxes.shape[:1]:
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)}; expected ({len(boxes)},), one a box."
+        )
+    check_threshold("iou_threshold", iou_threshold)
