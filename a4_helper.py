@@ -7,9 +7,10 @@ two-stage detector can be another.
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from common import check_training_batch
+from eecs598.files import replacing
 from eecs598.metrics import write_text_format
-from eecs598.utils import detection_visualizer, in_notebook_or_window, save_figure
+from eecs598.utils import detection_visualizer, in_notebook_or_window
 from eecs598.voc import VOC2007_CLASSES, download_voc2007, load_index
 
 __all__ = [
@@ -175,12 +177,19 @@ def train_detector(
     device: str | torch.device = "cpu",
     *,
     optimizer: str = "sgd",
+    schedule: str = "step",
+    warmup_iters: int = 0,
+    max_grad_norm: float | None = None,
+    amp: str = "off",
     plot_path: str | os.PathLike | None = None,
 ) -> dict[str, list[float]]:
     """Train a detector.
 
-    SGD with momentum 0.9 (or AdamW); the learning rate is divided by 10 after 60 % and again
-    after 90 % of the iterations. The loader is started again as often as it takes.
+    The defaults are the assignment's recipe: SGD with momentum 0.9, the learning rate divided by
+    10 after 60 % and again after 90 % of the iterations. What comes after ``device`` is for
+    training from random weights, where AdamW with a warm-up, clipped gradients and a cosine
+    schedule gets further in a few hundred iterations. The loader is started again as often as it
+    takes.
 
     Args:
         detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimised.
@@ -191,6 +200,12 @@ def train_detector(
         log_period: iterations between two lines of the log; a line shows means since the last.
         device: to train on; the detector is moved there.
         optimizer: ``"sgd"`` or ``"adamw"``.
+        schedule: ``"step"`` as above, or ``"cosine"`` from the learning rate down to 0
+            (arXiv 1608.03983, equation 5, without restarts).
+        warmup_iters: the learning rate rises linearly over this many iterations.
+        max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it.
+        amp: ``"auto"`` runs the network in bfloat16 where the processor computes in it natively,
+            ``"off"`` in float32 everywhere. The losses are float32 in any case.
         plot_path: save the loss plot here. Without it, the plot is shown where there is a
             notebook or a window.
 
@@ -211,9 +226,9 @@ def train_detector(
     # Channels last is a matter of memory layout alone, and faster on CPUs and tensor cores.
     detector = detector.to(device=device, memory_format=torch.channels_last).train()
     solver = _make_optimizer(detector, optimizer, learning_rate, weight_decay)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(
-        solver, milestones=[int(0.6 * max_iters), int(0.9 * max_iters)], gamma=0.1
-    )
+    factor = _learning_rate_factor(schedule, warmup_iters, max_iters)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
+    precision = _autocast(device, amp)
     num_classes = getattr(detector, "num_classes", None)
     history: dict[str, list[float]] = {"iteration": [], "lr": []}
     pending: list[dict[str, Tensor]] = []  # on the device, until the next line of the log
@@ -225,15 +240,18 @@ def train_detector(
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         gt_boxes = gt_boxes.to(device, non_blocking=True)
 
-        losses = detector(images, gt_boxes)
+        with precision:
+            losses = detector(images, gt_boxes)
         loss = sum(losses.values())
         solver.zero_grad(set_to_none=True)
         loss.backward()
-        solver.step()
-        schedule.step()
-
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
         history["iteration"].append(iteration)
         history["lr"].append(solver.param_groups[0]["lr"])
+        solver.step()
+        scheduler.step()
+
         pending.append({"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}})
         progress.update()
         if iteration % log_period == 0 or iteration == max_iters:
@@ -253,13 +271,43 @@ def _make_optimizer(
     detector: nn.Module, name: str, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     parameters = [p for p in detector.parameters() if p.requires_grad]
+    # One fused kernel for all parameters; the arithmetic is that of the plain loop.
+    common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-        )
+        return torch.optim.SGD(parameters, momentum=0.9, **common)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, **common)
     raise ValueError(f'optimizer={name!r}; expected "sgd" or "adamw".')
+
+
+def _learning_rate_factor(
+    schedule: str, warmup_iters: int, max_iters: int
+) -> Callable[[int], float]:
+    """What the learning rate is multiplied with, as a function of the steps done so far."""
+    if schedule == "step":
+        milestones = (int(0.6 * max_iters), int(0.9 * max_iters))
+
+        def decay(step: int) -> float:
+            return 0.1 ** sum(step >= milestone for milestone in milestones)
+    elif schedule == "cosine":
+
+        def decay(step: int) -> float:
+            return 0.5 * (1 + math.cos(math.pi * step / max_iters))
+    else:
+        raise ValueError(f'schedule={schedule!r}; expected "step" or "cosine".')
+    return lambda step: decay(step) * min(1.0, (step + 1) / (warmup_iters + 1))
+
+
+def _autocast(device: torch.device, amp: str) -> torch.autocast:
+    if amp not in ("auto", "off"):
+        raise ValueError(f'amp={amp!r}; expected "auto" or "off".')
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older versions of PyTorch can't tell; there, float32 is never wrong.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native and amp == "auto")
 
 
 def _endless(loader: DataLoader, max_iters: int) -> Iterator:
@@ -335,7 +383,8 @@ def plot_losses(history: Mapping[str, Sequence[float]], path: str | os.PathLike 
     ax.grid(alpha=0.3)
     ax.legend()
     if path is not None:
-        save_figure(figure, path)
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, bbox_inches="tight")
     if show:
         plt.show()
     return ax

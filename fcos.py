@@ -13,7 +13,6 @@ imports what is heavy when a command needs it, so that ``--help`` answers at onc
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -33,6 +32,10 @@ ASSIGNMENT_DEFAULTS: dict[str, Any] = {
     "batch_size": 16,
     "lr": 8e-3,
     "optimizer": "sgd",
+    "schedule": "step",
+    "warmup_iters": 0,
+    "max_grad_norm": None,
+    "amp": "off",
     "image_size": 224,
     "fpn_channels": 128,
     "stem": [128, 128],
@@ -41,11 +44,15 @@ ASSIGNMENT_DEFAULTS: dict[str, Any] = {
 
 # And on the generated set, where a small model learns from random weights in minutes.
 SHAPES_DEFAULTS: dict[str, Any] = {
-    "iters": 900,
+    "iters": 700,
     "batch_size": 16,
     "lr": 2e-3,
     "optimizer": "adamw",
-    "image_size": 128,
+    "schedule": "cosine",
+    "warmup_iters": 100,
+    "max_grad_norm": 5.0,
+    "amp": "auto",
+    "image_size": 160,
     "fpn_channels": 64,
     "stem": [64, 64],
     "weights": "none",
@@ -101,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=_positive_int, metavar="N", help="images a step")
     train.add_argument("--lr", type=_positive_float, metavar="X", help="learning rate")
     train.add_argument("--optimizer", choices=("sgd", "adamw"))
+    train.add_argument(
+        "--amp", choices=("auto", "off"), help="bfloat16 where the processor has it, or float32"
+    )
     train.add_argument(
         "--image-size", type=_positive_int, metavar="N", help="shorter side in pixels"
     )
@@ -219,11 +229,13 @@ def _train(args: argparse.Namespace) -> None:
     from a4_helper import train_detector
     from eecs598 import reset_seed
     from eecs598.checkpoint import save_checkpoint
+    from eecs598.files import write_json
     from eecs598.voc import class_names
 
     data = args.data if args.data is not None else _embedded_shapes()
     defaults = ASSIGNMENT_DEFAULTS if args.data is not None else SHAPES_DEFAULTS
-    chosen = {key: getattr(args, key) for key in defaults if getattr(args, key) is not None}
+    given = vars(args)
+    chosen = {key: given[key] for key in defaults if given.get(key) is not None}
     settings = {**defaults, **chosen, "backbone": args.backbone, "seed": args.seed}
     out = _new_run_folder(args.out, "shapes" if args.data is None else Path(data).resolve().name)
     device = _device(args.device)
@@ -253,14 +265,17 @@ def _train(args: argparse.Namespace) -> None:
         max_iters=settings["iters"],
         log_period=max(1, min(100, settings["iters"] // 10)),
         device=device,
-        optimizer=settings["optimizer"],
         plot_path=out / "loss.png",
+        **{
+            key: settings[key]
+            for key in ("optimizer", "schedule", "warmup_iters", "max_grad_norm", "amp")
+        },
     )
     checkpoint = out / "checkpoint.pt"
     save_checkpoint(
         checkpoint, detector.state_dict(), settings, classes, iteration=settings["iters"]
     )
-    _write_json(out / "history.json", history)
+    write_json(out / "history.json", history)
 
     loader = _test_loader(val_set, args.workers, device)
     result = _evaluate(detector, loader, EVAL_SCORE_THRESH, EVAL_NMS_THRESH, device)
@@ -423,11 +438,12 @@ def _report(
     json_path: str | Path | None = None,
     figure_path: str | Path | None = None,
 ) -> None:
+    from eecs598.files import write_json
     from eecs598.metrics import format_table, plot_average_precision
 
     print(format_table(result))
     if json_path is not None:
-        _write_json(json_path, result)
+        write_json(json_path, result)
     if figure_path is not None:
         plot_average_precision(result, figure_path)
 
@@ -448,15 +464,6 @@ def _draw_sheet(detector: FCOS, dataset: VOC2007DetectionTiny, path: Path, devic
         )
     ]
     contact_sheet(pictures, dataset.idx_to_class, path)
-
-
-def _write_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Write beside the target and rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from eecs598.files import replacing
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -24,7 +25,7 @@ def save_checkpoint(
     classes: list[str],
     **more: Any,
 ) -> None:
-    """Write a checkpoint beside its target and rename, so that a reader never meets half a file.
+    """Write a checkpoint; a reader never meets half a file.
 
     Args:
         path: of the file.
@@ -33,11 +34,8 @@ def save_checkpoint(
         classes: class names in the order of their ids.
         more: further entries.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    torch.save({"model": model, "settings": settings, "classes": classes, **more}, partial)
-    os.replace(partial, path)
+    with replacing(path) as unfinished:
+        torch.save({"model": model, "settings": settings, "classes": classes, **more}, unfinished)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -19,16 +19,17 @@ box of its image and class. Boxes are XYXY in pixels.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+
+from eecs598.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,7 +205,7 @@ def write_text_format(
         )
     ]
     for kind, lines in ((DETECTIONS_FOLDER, detection_lines), (GROUND_TRUTH_FOLDER, truth_lines)):
-        with _replacing(Path(folder) / kind / f"{name}.txt") as unfinished:
+        with replacing(Path(folder) / kind / f"{name}.txt") as unfinished:
             unfinished.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -264,7 +265,7 @@ def plot_average_precision(
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     if path is not None:
-        with _replacing(Path(path)) as unfinished:
+        with replacing(path) as unfinished:
             figure.savefig(unfinished, dpi=150, format=Path(path).suffix[1:] or "png")
     return axes
 
@@ -567,16 +568,3 @@ def _enumerate(files: list[str]) -> str:
     shown = ", ".join(files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return f"{len(files)} {'file' if len(files) == 1 else 'files'} ({shown}{more})"
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it becomes ``path`` once the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -6,23 +6,22 @@ import math
 import os
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eecs598.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "contact_sheet",
     "detection_visualizer",
     "in_notebook_or_window",
     "reset_seed",
-    "save_figure",
     "tensor_to_image",
 ]
 
@@ -98,7 +97,8 @@ def detection_visualizer(
     ax.set_xlim(-0.5, image.shape[1] - 0.5)
     ax.set_ylim(image.shape[0] - 0.5, -0.5)
     if path is not None:
-        save_figure(ax.figure, path)
+        with replacing(path) as unfinished:
+            ax.figure.savefig(unfinished, bbox_inches="tight")
     if show:
         plt.show()
     return ax
@@ -122,23 +122,15 @@ def contact_sheet(
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(pictures) / columns)
-    figure = Figure(figsize=(3.6 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 3.0 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.set_axis_off()
     for ax, (image, ground_truth, predictions) in zip(axes, pictures, strict=False):
         detection_visualizer(image, idx_to_class, ground_truth, predictions, ax=ax)
     figure.suptitle("ground truth red, detections green", fontsize=11)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Save a figure beside its target and rename, so that no reader sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=110, bbox_inches="tight")
-    os.replace(partial, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, bbox_inches="tight")
 
 
 def in_notebook_or_window() -> bool:
