@@ -9,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+# The models of the tests are tiny; a second thread would spend its time waiting for the first.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

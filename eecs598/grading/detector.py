@@ -1,0 +1,496 @@
+"""Checks of the whole detector: losses, learning, detections, sizes and dtypes.
+
+To know what must come out, most of them plant predictions: ``pred_net`` is replaced by a module
+that returns given tensors. The location of each planted value is looked up in the submission's
+own coordinates, so neither their order nor their values matter here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eecs598.grading import reference
+from eecs598.grading.locations import find_cell
+from eecs598.grading.network import with_random_weights
+from eecs598.grading.reference import STRIDES
+from eecs598.grading.result import CheckResult, expect, expect_close, show
+from eecs598.grading.submission import NUM_CLASSES, Submission, build
+
+__all__ = ["check_inference", "check_losses", "check_sizes_and_dtypes", "check_training"]
+
+LOSSES = ("loss_cls", "loss_box", "loss_ctr")
+Predictions = list[dict[str, Tensor]]  # class logits, deltas, centerness logits of each level
+
+
+class _PlantedHead(nn.Module):
+    """Stands in for the head and predicts what it was given."""
+
+    def __init__(self, predictions: Predictions) -> None:
+        super().__init__()
+        self.predictions = predictions
+
+    def forward(self, feats_per_fpn_level: object) -> Predictions:
+        return [dict(p) for p in self.predictions]
+
+
+@torch.no_grad()
+def _locations(submission: Submission, detector: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The submission's coordinates for the feature maps of some images."""
+    shapes = {level: feat.shape for level, feat in detector.backbone(images).items()}
+    return submission.common.get_fpn_location_coords(shapes, detector.backbone.fpn_strides)
+
+
+def _plant(detector: nn.Module, predictions: Predictions) -> nn.Module:
+    expect(
+        isinstance(getattr(detector, "pred_net", None), nn.Module),
+        "FCOS: expected the head as the attribute pred_net, got none",
+    )
+    detector.pred_net = _PlantedHead(predictions)
+    return detector
+
+
+# --------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------
+
+
+class _LossSteps(NamedTuple):
+    """Two training steps on planted predictions."""
+
+    got: list[dict[str, Tensor]]  # of each step
+    expected: list[dict[str, float]]
+
+
+def check_losses(submission: Submission) -> CheckResult:
+    """``FCOS`` in training mode: each loss against its formula, background, divisor, gradients."""
+    result = CheckResult("losses")
+    images = torch.zeros(2, 3, 64, 192)
+    # Fractions, so that no location lies on the side of a box or at the end of a level's range.
+    gt_boxes = torch.tensor(
+        [
+            [[10.3, 8.7, 45.2, 37.9, 0], [14.6, 11.1, 33.4, 30.3, 2], [2.1, 3.3, 94.6, 60.2, 1]],
+            [[1.7, 2.4, 188.9, 61.3, 2], [-1] * 5, [-1] * 5],
+        ]
+    )
+
+    @cache
+    def steps() -> _LossSteps:
+        return _run_planted_losses(submission, images, gt_boxes, num_steps=2)
+
+    def divisor_factor() -> float | None:
+        """What at least two of the losses are off by, which then is the divisor's; or None."""
+        got, expected = steps().got[0], steps().expected[0]
+        ratios = sorted(float(got[name]) / expected[name] for name in LOSSES)
+        agreeing = [a for a, b in pairwise(ratios) if a > 0 and math.isclose(a, b, rel_tol=1e-4)]
+        return agreeing[0] if agreeing else None
+
+    with result.probe("a dict of three finite scalars"):
+        losses = steps().got[0]
+        expect(
+            sorted(losses) == sorted(LOSSES),
+            f"expected the keys {list(LOSSES)}, got {show(list(losses))}",
+        )
+        for name, loss in losses.items():
+            expect(
+                isinstance(loss, Tensor) and loss.numel() == 1 and bool(loss.isfinite()),
+                f"{name}: expected a finite scalar, got {show(loss)}",
+            )
+
+    for name, formula in (
+        ("loss_cls", "sum of the focal loss (alpha 0.25, gamma 2) over all locations"),
+        ("loss_box", "sum of 0.25 * L1 of the deltas over foreground locations"),
+        ("loss_ctr", "sum of the binary cross entropy over foreground locations"),
+    ):
+        with result.probe(f"{name} follows its formula"):
+            # A wrong divisor, common to the losses, is the matter of the next probe.
+            expected = steps().expected[0][name] * (divisor_factor() or 1.0)
+            got = float(steps().got[0][name])
+            expect(
+                math.isclose(got, expected, rel_tol=1e-4),
+                f"expected {expected:.6g}, the {formula}, divided by 2 images and the moving "
+                f"average, got {got:.6g}, {got / expected:.4g} times as much",
+            )
+
+    with result.probe("divided by images and the moving average of foreground"):
+        factor = divisor_factor()
+        got = "losses off by different factors"
+        if factor is not None:
+            got = f"losses {factor:.4g} times as large"
+        expect(
+            factor is not None and abs(factor - 1) < 1e-4,
+            "first batch, 2 images: expected the sums divided by 2 * (0.9 * 150 + 0.1 * foreground "
+            f"locations per image), got {got}",
+        )
+
+    with result.probe("the moving average moves on"):
+        first, second = (float(losses["loss_cls"]) for losses in steps().got)
+        before, after = (losses["loss_cls"] for losses in steps().expected)
+        expect(
+            math.isclose(second / first, after / before, rel_tol=1e-4),
+            "the same batch once more: expected average = 0.9 * average + 0.1 * foreground "
+            f"locations per image, and so losses {after / before:.4g} times those before, got "
+            f"{second / first:.4g} times",
+        )
+
+    with result.probe("no box and centerness loss from background"):
+        padding = torch.full((2, 3, 5), -1.0)
+        run = _run_planted_losses(submission, images, padding, num_steps=1)
+        for name in ("loss_box", "loss_ctr"):
+            got = float(run.got[0][name])
+            expect(got == 0, f"images without boxes: expected {name} 0, got {show(got)}")
+
+    with result.probe("one image without boxes among others"):
+        mixed = gt_boxes.clone()
+        mixed[1] = -1
+        losses = _run_planted_losses(submission, images, mixed, num_steps=1).got[0]
+        for name in LOSSES:
+            got = float(losses[name])
+            expect(
+                math.isfinite(got) and got > 0,
+                f"second image of two without boxes: expected a finite {name} above 0, got "
+                f"{show(got)}",
+            )
+
+    with result.probe("gradients reach pyramid, head and backbone"):
+        detector = submission.detector().train()
+        sum(detector(torch.randn(2, 3, 64, 192), gt_boxes).values()).backward()
+        backbone_has_some = False
+        for name, parameter in detector.named_parameters():
+            grad = parameter.grad
+            reached = grad is not None and bool(grad.isfinite().all())
+            if "fpn_params" in name or name.startswith("pred_net"):
+                got = "none" if grad is None else "NaN or infinity"
+                expect(reached, f"expected a finite gradient of {name}, got {got}")
+            else:  # layers may be frozen, or left over from the classification network
+                backbone_has_some |= reached
+        expect(backbone_has_some, "expected gradients of the backbone, got none")
+
+    with result.probe("input unchanged"):
+        detector = submission.detector().train()
+        some_images = torch.randn(2, 3, 64, 192)
+        before = some_images.clone(), gt_boxes.clone()
+        detector(some_images, gt_boxes)
+        expect_close("images after a training step", some_images, before[0])
+        expect_close("gt_boxes after a training step", gt_boxes, before[1])
+    return result
+
+
+def _run_planted_losses(
+    submission: Submission, images: Tensor, gt_boxes: Tensor, num_steps: int
+) -> _LossSteps:
+    detector = submission.detector().train()
+    locations = _locations(submission, detector, images)
+    generator = torch.Generator().manual_seed(0)
+    predictions = [
+        {
+            level: torch.randn(len(images), len(points), channels, generator=generator)
+            for level, points in locations.items()
+        }
+        for channels in (NUM_CLASSES, 4, 1)
+    ]
+    sums, foreground = reference.sums_of_losses(locations, predictions, gt_boxes)
+    _plant(detector, predictions)
+
+    got, expected, average = [], [], reference.FIRST_AVERAGE
+    for _ in range(num_steps):
+        losses = detector(images.clone(), gt_boxes.clone())
+        expect(isinstance(losses, dict), f"expected a dict of losses, got {show(losses)}")
+        got.append(losses)
+        average = 0.9 * average + 0.1 * foreground
+        expected.append({name: s / (len(images) * average) for name, s in sums.items()})
+    return _LossSteps(got, expected)
+
+
+def check_training(submission: Submission) -> CheckResult:
+    """A few optimizer steps on one small batch must reduce the losses."""
+    result = CheckResult("training")
+    num_steps = 10
+
+    @cache
+    def overfit() -> tuple[dict[str, float], dict[str, float]]:
+        """The losses of a detector after the steps, and those of its untrained twin."""
+        images = torch.randn(2, 3, 96, 96)
+        gt_boxes = torch.tensor(
+            [
+                [[10.0, 12, 70, 60, 0], [50, 50, 90, 90, 1]],
+                [[20.0, 5, 80, 92, 2], [-1] * 5],
+            ]
+        )
+        detector = submission.detector().train()
+        # The head's initial weights of 0.01 would take a hundred steps to grow.
+        with_random_weights(detector.pred_net.stem_cls)
+        with_random_weights(detector.pred_net.stem_box)
+        # The divisor falls from 150 to the foreground of this batch, so even a detector that
+        # learns shows rising losses. A twin with the same divisor tells both apart.
+        twin = copy.deepcopy(detector)
+        optimizer = torch.optim.Adam(detector.parameters(), lr=1e-3)
+        for _ in range(num_steps):
+            losses = detector(images, gt_boxes)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            with torch.no_grad():
+                twin(images, gt_boxes)
+        with torch.no_grad():
+            return tuple(
+                {name: float(loss) for name, loss in model(images, gt_boxes).items()}
+                for model in (detector, twin)
+            )
+
+    def expect_fall(got: float, untrained: float, what: str) -> None:
+        expect(
+            0 <= got < 0.95 * untrained,
+            f"{num_steps} steps of Adam on one batch of 2 images: expected {what} to fall below "
+            f"95 % of the untrained {untrained:.4g}, got {got:.4g}",
+        )
+
+    with result.probe("the sum of the losses falls on one batch"):
+        trained, untrained = overfit()
+        expect_fall(sum(trained.values()), sum(untrained.values()), "the sum of the losses")
+
+    for name in ("loss_cls", "loss_box"):  # the entropy of its targets bounds loss_ctr from below
+        with result.probe(f"{name} falls on one batch"):
+            trained, untrained = overfit()
+            expect_fall(trained[name], untrained[name], name)
+    return result
+
+
+# --------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------
+
+
+class _Planted(NamedTuple):
+    """One confident prediction, and with it the detection that must come out."""
+
+    level: str
+    cell: tuple[int, int]  # row, column
+    label: int
+    logits: tuple[float, float]  # of the label and of centerness
+    deltas: tuple[float, float, float, float]
+
+    @property
+    def score(self) -> float:
+        class_probability, centerness = (1 / (1 + math.exp(-z)) for z in self.logits)
+        return math.sqrt(class_probability * centerness)
+
+
+# Apart from each other, one a level; scores 0.85, 0.53 and 0.32.
+APART = (
+    _Planted("p3", (1, 2), 0, (1.5, 2.0), (0.5, 0.75, 1.0, 1.25)),
+    _Planted("p4", (2, 4), 2, (0.5, -0.2), (0.5, 0.25, 0.5, 0.25)),
+    _Planted("p5", (1, 0), 1, (-0.5, -1.0), (0.25, 0.125, 0.5, 0.25)),
+)
+
+
+class _Scene(NamedTuple):
+    """An image in which a detector sees what was planted and nothing else."""
+
+    detector: nn.Module
+    images: Tensor  # (1, 3, H, W)
+    locations: dict[str, Tensor]
+    predictions: Predictions
+    boxes: Tensor  # (K, 4), of what was planted
+
+    @torch.no_grad()
+    def detect(self, score_thresh: float = 0.2, nms_thresh: float = 0.5) -> Sequence[Tensor]:
+        return self.detector(
+            self.images, test_score_thresh=score_thresh, test_nms_thresh=nms_thresh
+        )
+
+
+def _make_scene(
+    submission: Submission, planted: Sequence[_Planted], size: tuple[int, int] = (96, 96)
+) -> _Scene:
+    detector = submission.detector().eval()
+    images = torch.zeros(1, 3, *size)
+    locations = _locations(submission, detector, images)
+    predictions = [
+        {level: torch.full((1, len(points), c), value) for level, points in locations.items()}
+        for c, value in ((NUM_CLASSES, -15.0), (4, 0.5), (1, -15.0))
+    ]
+    boxes = []
+    for level, cell, label, (class_logit, center_logit), deltas in planted:
+        n = find_cell(locations[level], *cell)
+        predictions[0][level][0, n] = class_logit - 2.0  # the other classes are less likely
+        predictions[0][level][0, n, label] = class_logit
+        predictions[1][level][0, n] = torch.tensor(deltas)
+        predictions[2][level][0, n] = center_logit
+        x, y = locations[level][n].tolist()
+        left, top, right, bottom = (STRIDES[level] * delta for delta in deltas)
+        boxes.append([x - left, y - top, x + right, y + bottom])
+    _plant(detector, predictions)
+    return _Scene(detector, images, locations, predictions, torch.tensor(boxes))
+
+
+def check_inference(submission: Submission) -> CheckResult:
+    """``FCOS`` in evaluation mode on planted predictions whose detections are known."""
+    result = CheckResult("inference")
+
+    def three_detections() -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, classes and scores of what is planted apart, by decreasing score."""
+        boxes, classes, scores = _make_scene(submission, APART).detect()
+        expect(
+            len(boxes) == len(classes) == len(scores) == len(APART),
+            f"expected 3 detections with a score above 0.2, got scores {show(scores)}",
+        )
+        order = scores.argsort(descending=True)
+        return boxes[order], classes[order], scores[order]
+
+    with result.probe("three tensors of matching shapes"):
+        found = _make_scene(submission, APART).detect()
+        expect(
+            isinstance(found, (tuple, list)) and len(found) == 3,
+            f"expected (boxes, classes, scores), got {show(found)}",
+        )
+        got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
+        expect(
+            got == [(3, 4), (3,), (3,)],
+            f"three detections: expected shapes (3, 4), (3,), (3,), got {got}",
+        )
+
+    with result.probe("score is sqrt(class probability * centerness)"):
+        _, _, scores = three_detections()
+        for planted, score in zip(APART, scores.tolist(), strict=True):
+            expect(
+                math.isclose(score, planted.score, rel_tol=1e-4),
+                f"class logit {planted.logits[0]:g}, centerness logit {planted.logits[1]:g}: "
+                f"expected score {planted.score:.6g}, got {score:.6g}",
+            )
+
+    with result.probe("the most probable class"):
+        _, classes, _ = three_detections()
+        expect_close("three detections: classes", classes, [planted.label for planted in APART])
+
+    with result.probe("boxes of each level in pixels"):
+        boxes, _, _ = three_detections()
+        expected = _make_scene(submission, APART).boxes
+        for planted, got_box, box in zip(APART, boxes, expected, strict=True):
+            what = f"deltas {show(planted.deltas)} at row, column {planted.cell} of {planted.level}"
+            expect_close(what, got_box, box, 1e-3)
+
+    with result.probe("nothing below the score threshold"):
+        _expect_found(submission, APART, [0, 1], score_thresh=0.5)
+        _expect_found(submission, APART, [0], score_thresh=0.8)
+
+    with result.probe("no detections"):
+        lengths = [len(x) for x in _make_scene(submission, APART).detect(score_thresh=0.99)]
+        expect(lengths == [0, 0, 0], f"threshold 0.99: expected no detections, got {lengths}")
+
+    with result.probe("boxes clipped to the image"):
+        huge = _Planted("p4", (1, 2), 1, (2.0, 2.0), (9.0, 9.0, 9.0, 9.0))
+        boxes, _, _ = _make_scene(submission, [huge], size=(64, 96)).detect()
+        what = "a box that surrounds an image of height 64 and width 96"
+        expect_close(what, boxes, [[0.0, 0, 96, 64]])
+
+    # The same box from two neighbouring locations of p3, 8 pixels apart.
+    first = _Planted("p3", (3, 4), 1, (2.0, 2.0), (1.5, 1.5, 1.5, 1.5))
+    second = _Planted("p3", (3, 5), 1, (1.0, 1.0), (2.5, 1.5, 0.5, 1.5))
+
+    with result.probe("NMS within a class"):
+        _expect_found(submission, [first, second], [0])
+
+    with result.probe("no NMS between classes"):
+        _expect_found(submission, [first, second._replace(label=2)], [0, 1])
+
+    with result.probe("the NMS threshold is used"):
+        shifted = second._replace(deltas=(1.5, 1.5, 1.5, 1.5))  # IoU 1/2 with the first
+        _expect_found(submission, [first, shifted], [0], nms_thresh=0.45)
+        _expect_found(submission, [first, shifted], [0, 1], nms_thresh=0.55)
+
+    with result.probe("input unchanged"):
+        # Huge and negative deltas, because clipping is what is easily done in place.
+        beyond = _Planted("p3", (5, 9), 1, (1.0, 1.0), (20.0, -1.0, 20.0, -1.0))
+        _expect_unchanged(_make_scene(submission, [*APART, beyond]))
+    return result
+
+
+def _expect_found(
+    submission: Submission,
+    planted: Sequence[_Planted],
+    kept: Sequence[int],
+    score_thresh: float = 0.2,
+    nms_thresh: float = 0.5,
+) -> None:
+    """Expect one detection for each of those that should be kept, and no other."""
+    _, classes, scores = _make_scene(submission, planted).detect(score_thresh, nms_thresh)
+    expected = sorted(planted[index].label for index in kept)
+    got = sorted(int(label) for label in classes.tolist())
+    expect(
+        got == expected,
+        f"scores {[round(p.score, 2) for p in planted]} of classes {[p.label for p in planted]}, "
+        f"score threshold {score_thresh}, NMS threshold {nms_thresh}: expected detections of the "
+        f"classes {expected}, got {got} with scores {show(scores)}",
+    )
+
+
+@torch.no_grad()
+def _expect_unchanged(scene: _Scene) -> None:
+    inputs = [scene.locations, *scene.predictions]
+    before = copy.deepcopy([scene.images, *inputs])
+    scene.detect()
+    if hasattr(scene.detector, "inference"):
+        scene.detector.inference(scene.images, *inputs, test_score_thresh=0.2, test_nms_thresh=0.5)
+    expect_close("images after inference", scene.images, before[0])
+    names = ("locations", "class logits", "deltas", "centerness logits")
+    for name, now, then in zip(names, inputs, before[1:], strict=True):
+        for level in STRIDES:
+            expect_close(f"{name} of {level} after inference", now[level], then[level])
+
+
+# --------------------------------------------------------------------------------------------
+# Other sizes
+# --------------------------------------------------------------------------------------------
+
+
+def check_sizes_and_dtypes(submission: Submission) -> CheckResult:
+    """Nothing may depend on 224 pixels, 16 images, 20 classes or float32."""
+    result = CheckResult("sizes_and_dtypes")
+
+    def run(detector: nn.Module, images: Tensor) -> None:
+        gt_boxes = torch.tensor([[[4.0, 6, 40, 50, 0], [-1] * 5]]).repeat(len(images), 1, 1)
+        what = f"images {tuple(images.shape)} of {images.dtype}"
+        losses = detector.train()(images, gt_boxes.to(images.dtype))
+        loss = sum(losses.values())
+        loss.backward()
+        expect(bool(loss.isfinite()), f"{what}: expected a finite loss, got {show(loss.detach())}")
+        with torch.no_grad():
+            boxes, classes, scores = detector.eval()(
+                images[:1], test_score_thresh=0.0, test_nms_thresh=0.5
+            )
+        expect(
+            len(boxes) == len(classes) == len(scores) > 0,
+            f"{what}, score threshold 0: expected detections, got {len(boxes)} boxes and "
+            f"{len(scores)} scores",
+        )
+        expect(
+            bool(boxes.isfinite().all() and scores.isfinite().all()),
+            f"{what}: expected finite boxes and scores, got NaN or infinity",
+        )
+
+    with result.probe("three images of 64 x 64"):
+        run(submission.detector(), torch.randn(3, 3, 64, 64))
+
+    with result.probe("one image of 97 x 225"):
+        run(submission.detector(), torch.randn(1, 3, 97, 225))
+
+    with result.probe("one class, other channels, a longer stem"):
+        detector = build(
+            submission.one_stage_detector.FCOS,
+            num_classes=1,
+            fpn_channels=12,
+            stem_channels=[8, 10, 8],
+        )
+        run(detector, torch.randn(2, 3, 64, 96))
+
+    with result.probe("float64"):
+        run(submission.detector().double(), torch.randn(2, 3, 64, 64, dtype=torch.float64))
+    return result

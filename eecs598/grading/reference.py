@@ -1,0 +1,101 @@
+"""The model's definitions once more, slow and plain: one location at a time, in Python floats.
+
+What the checks compare with. Written from the formulas and for nothing but being easy to verify:
+FCOS (arXiv 1904.01355) equations 1 and 3 and section 3.2, focal loss (arXiv 1708.02002)
+equation 5, with the assignment's L1 loss and normaliser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+__all__ = ["STRIDES", "best_box", "centerness", "ltrb", "sums_of_losses"]
+
+STRIDES = {"p3": 8, "p4": 16, "p5": 32}
+FIRST_AVERAGE = 150.0  # what the moving average of foreground locations starts from
+
+
+def ltrb(x: float, y: float, box: Sequence[float]) -> tuple[float, float, float, float]:
+    """Pixels from a location to the left, top, right and bottom side of a box."""
+    return x - box[0], y - box[1], box[2] - x, box[3] - y
+
+
+def best_box(level: str, x: float, y: float, boxes: Sequence[Sequence[float]]) -> int | None:
+    """Index of the box (x1, y1, x2, y2, class id) that a location matches; None is background."""
+    stride = STRIDES[level]
+    lower = 0 if level == "p3" else 4 * stride
+    upper = math.inf if level == "p5" else 8 * stride
+    best, best_area = None, math.inf
+    for index, box in enumerate(boxes):
+        distances = ltrb(x, y, box)
+        area = (box[2] - box[0]) * (box[3] - box[1])
+        if (
+            box[4] >= 0
+            and min(distances) > 0
+            and lower < max(distances) < upper
+            and area < best_area
+        ):
+            best, best_area = index, area
+    return best
+
+
+def centerness(left: float, top: float, right: float, bottom: float) -> float:
+    """Centerness of a location inside its box."""
+    nearer = min(left, right) * min(top, bottom)
+    farther = max(left, right) * max(top, bottom)
+    return math.sqrt(nearer / farther)
+
+
+def sums_of_losses(
+    locations: Mapping[str, Tensor],
+    predictions: Sequence[Mapping[str, Tensor]],
+    gt_boxes: Tensor,
+) -> tuple[dict[str, float], float]:
+    """The three losses summed over a batch, without normaliser.
+
+    Args:
+        locations: per level ``(N, 2)``.
+        predictions: class logits ``(B, N, C)``, deltas ``(B, N, 4)`` and centerness logits
+            ``(B, N, 1)``, each per level.
+        gt_boxes: ``(B, M, 5)``.
+
+    Returns:
+        The sums, and the number of foreground locations per image.
+    """
+    sums = {"loss_cls": 0.0, "loss_box": 0.0, "loss_ctr": 0.0}
+    foreground = 0
+    for image, boxes in enumerate(gt_boxes.tolist()):
+        for level, points in locations.items():
+            logits, deltas, center = (p[level][image].tolist() for p in predictions)
+            for n, (x, y) in enumerate(points.tolist()):
+                match = best_box(level, x, y, boxes)
+                label = -1 if match is None else int(boxes[match][4])
+                for class_id, logit in enumerate(logits[n]):
+                    sums["loss_cls"] += _focal_loss(logit, class_id == label)
+                if match is None:
+                    continue
+                foreground += 1
+                distances = ltrb(x, y, boxes[match])
+                sums["loss_box"] += 0.25 * sum(
+                    abs(predicted - distance / STRIDES[level])
+                    for predicted, distance in zip(deltas[n], distances, strict=True)
+                )
+                sums["loss_ctr"] += _cross_entropy(center[n][0], centerness(*distances))
+    return sums, foreground / len(gt_boxes)
+
+
+def _focal_loss(logit: float, is_target: bool, alpha: float = 0.25, gamma: float = 2.0) -> float:
+    probability = _sigmoid(logit if is_target else -logit)
+    weight = alpha if is_target else 1 - alpha
+    return -weight * (1 - probability) ** gamma * math.log(probability)
+
+
+def _cross_entropy(logit: float, target: float) -> float:
+    return -target * math.log(_sigmoid(logit)) - (1 - target) * math.log(_sigmoid(-logit))
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))

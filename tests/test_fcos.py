@@ -1,0 +1,166 @@
+"""The command line, run in this process but for its start-up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fcos
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = ["--weights", "none", "--iters", "2", "--batch-size", "4", "--image-size", "64"]
+SMALL += ["--fpn-channels", "8", "--stem", "8", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A tiny set of shapes, and a run on it."""
+    folder = tmp_path_factory.mktemp("fcos")
+    shapes = ["data", "shapes", str(folder / "shapes"), "--train", "6", "--val", "6"]
+    assert fcos.main(shapes) == 0
+    train = ["train", "--data", str(folder / "shapes"), "--out", str(folder / "run"), *SMALL]
+    assert fcos.main(train) == 0
+    return folder
+
+
+def test_help_does_not_import_what_is_heavy():
+    script = (
+        "import sys, fcos\n"
+        "try: fcos.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "score" in done.stdout
+
+
+def test_train_leaves_what_it_says(run_folder):
+    names = {path.name for path in (run_folder / "run").iterdir()}
+    assert names == {
+        "checkpoint.pt",
+        "history.json",
+        "loss.png",
+        "metrics.json",
+        "ap.png",
+        "detections.png",
+    }
+    metrics = json.loads((run_folder / "run/metrics.json").read_text())
+    assert 0 <= metrics["mAP"] <= 1 and set(metrics["AP"]) <= set(metrics["num_detections"])
+    assert metrics["score_thresh"] == 0.05 and metrics["split"] == "val"
+    assert len(json.loads((run_folder / "run/history.json").read_text())["loss"]) == 2
+    checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["settings"]["image_size"] == 64 and "ball" in checkpoint["classes"]
+
+
+def test_train_does_not_write_over_a_run(run_folder, capsys):
+    before = (run_folder / "run/checkpoint.pt").read_bytes()
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(run_folder / "run")]
+    assert fcos.main(train) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (run_folder / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_eval_export_and_score_agree(run_folder, capsys):
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--workers", "0"]
+    arguments += ["--data", str(run_folder / "shapes"), "--score-thresh", "0.01"]
+    arguments += ["--export", str(run_folder / "text"), "--json", str(run_folder / "eval.json")]
+    assert fcos.main(arguments) == 0
+    evaluated = json.loads((run_folder / "eval.json").read_text())
+    assert sum(evaluated["num_detections"].values()) > 0
+    assert fcos.main(["score", str(run_folder / "text"), "--json", str(run_folder / "s.json")]) == 0
+    scored = json.loads((run_folder / "s.json").read_text())
+    assert scored["AP"] == evaluated["AP"] and scored["mAP"] == evaluated["mAP"]
+    assert (run_folder / "text/ap.png").is_file()
+    assert "mAP@0.5" in capsys.readouterr().out
+
+
+def test_training_is_repeatable(run_folder):
+    histories = []
+    for name in ("again", "and-again"):
+        out = run_folder / name
+        train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL]
+        assert fcos.main([*train, "--seed", "3"]) == 0
+        histories.append(json.loads((out / "history.json").read_text()))
+    assert histories[0] == histories[1]
+
+
+def test_train_without_data_uses_the_generated_set(tmp_path, monkeypatch):
+    written = []
+
+    def write_shapes(folder, **counts):
+        written.append(folder)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("eecs598.shapes.write_shapes", write_shapes)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert fcos.main(["train"]) == 2
+    assert written == [tmp_path / "eecs598-fcos/shapes"]
+
+
+def test_train_refuses_a_start_without_the_pretrained_weights(run_folder, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(run_folder / "no-cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    out = run_folder / "refused"
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out)]
+    assert fcos.main([*train, "--workers", "0"]) == 2
+    assert "--weights none" in capsys.readouterr().err
+    assert not (out / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "--data", "/nowhere"], "nowhere"),
+        (["eval", "/nowhere.pt", "--data", "/nowhere"], "is not a file"),
+        (["score", "/nowhere"], "nowhere"),
+        (["data", "shapes", "{}/run"], "run"),
+    ],
+)
+def test_wrong_paths(run_folder, capsys, arguments, words):
+    assert fcos.main([a.format(run_folder) for a in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_eval_of_another_model(run_folder, capsys):
+    checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["fpn_channels"] = 16
+    torch.save(checkpoint, run_folder / "other.pt")
+    arguments = ["eval", str(run_folder / "other.pt"), "--data", str(run_folder / "shapes")]
+    assert fcos.main(arguments) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--iters", "0"],
+        ["train", "--lr", "-1"],
+        ["train", "--stem", "64,x"],
+        ["eval", "c.pt", "--data", "d", "--score-thresh", "1.5"],
+        ["eval", "c.pt", "--data", "d", "--nms-thresh", "-0.1"],
+        ["eval", "c.pt"],
+        [],
+    ],
+)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fcos.main(arguments)
+    assert stopped.value.code == 2
+    assert "expected" in capsys.readouterr().err or len(arguments) in (0, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(run_folder, capsys):
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--device", "cuda"]
+    assert fcos.main([*arguments, "--data", str(run_folder / "shapes")]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
