@@ -65,7 +65,7 @@ EVAL_NMS_THRESH = 0.6
 
 # Pictures are for people: only what the detector is confident of.
 SHEET_SCORE_THRESH = 0.4
-SHEET_IMAGES = 16
+SHEET_IMAGES = 12
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,13 +237,14 @@ def _train(args: argparse.Namespace) -> None:
     given = vars(args)
     chosen = {key: given[key] for key in defaults if given.get(key) is not None}
     settings = {**defaults, **chosen, "backbone": args.backbone, "seed": args.seed}
-    out = _new_run_folder(args.out, "shapes" if args.data is None else Path(data).resolve().name)
     device = _device(args.device)
 
     classes = class_names(data)
     train_set = _dataset(data, "train", settings["image_size"], classes)
     val_set = _dataset(data, "val", settings["image_size"], classes)
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {classes}")
+    name = f"{Path(data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = _make_empty(Path(args.out if args.out is not None else f"runs/{name}"), "--out")
 
     reset_seed(args.seed)
     detector = _build_detector(settings, len(classes), settings["weights"])
@@ -299,6 +300,8 @@ def _eval(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.checkpoint} holds the weights of another model than its settings say: {error}"
         ) from error
+    if args.export is not None:
+        _make_empty(Path(args.export), "--export")
     loader = _test_loader(dataset, args.workers, device)
     result = _evaluate(
         detector, loader, args.score_thresh, args.nms_thresh, device, export=args.export
@@ -342,13 +345,10 @@ def _embedded_shapes() -> Path:
     return write_shapes(folder)
 
 
-def _new_run_folder(out: str | None, name: str) -> Path:
-    """Make the folder of a run; one that holds something already is left alone."""
-    folder = (
-        Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+def _make_empty(folder: Path, option: str) -> Path:
+    """Make a folder; one that holds something already is left alone."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; choose another folder with --out.")
+        raise ValueError(f"{folder} exists and is not empty; choose another one with {option}.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -79,6 +79,8 @@ def test_eval_export_and_score_agree(run_folder, capsys):
     assert scored["AP"] == evaluated["AP"] and scored["mAP"] == evaluated["mAP"]
     assert (run_folder / "text/ap.png").is_file()
     assert "mAP@0.5" in capsys.readouterr().out
+    assert fcos.main(arguments) == 2  # files of two exports would be scored together
+    assert "--export" in capsys.readouterr().err
 
 
 def test_training_is_repeatable(run_folder):
