@@ -44,7 +44,7 @@ ASSIGNMENT_DEFAULTS: dict[str, Any] = {
 
 # And on the generated set, where a small model learns from random weights in minutes.
 SHAPES_DEFAULTS: dict[str, Any] = {
-    "iters": 700,
+    "iters": 650,
     "batch_size": 16,
     "lr": 2e-3,
     "optimizer": "adamw",

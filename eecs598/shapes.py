@@ -42,10 +42,10 @@ SHORT_SIDE = 160
 LONG_SIDE = 220
 
 # Longer side of an object in pixels and how often it is asked for, log-uniform within a band. The
-# limits are those between the FCOS levels p3, p4 and p5 (strides 8, 16 and 32); the smallest sizes
-# are a band of their own, so that there are some but not many.
-_SIZE_BANDS = ((13, 24), (24, 64), (64, 128), (128, 220))
-_BAND_WEIGHTS = (5, 34, 37, 24)
+# limits 64 and 128 are those between the FCOS levels p3, p4 and p5 (strides 8, 16 and 32); below,
+# bands of their own for the small sizes, so that there are some but not many.
+_SIZE_BANDS = ((13, 24), (24, 40), (40, 64), (64, 128), (128, 220))
+_BAND_WEIGHTS = (2, 8, 26, 40, 24)
 _COUNT_WEIGHTS = (1, 2, 4, 5, 5, 5, 4, 3)  # for 1, 2, ... 8 objects
 
 # The visible share of its silhouette that an object keeps, and that the few crowded ones keep; the
