@@ -44,7 +44,7 @@ ASSIGNMENT_DEFAULTS: dict[str, Any] = {
 
 # And on the generated set, where a small model learns from random weights in minutes.
 SHAPES_DEFAULTS: dict[str, Any] = {
-    "iters": 650,
+    "iters": 850,
     "batch_size": 16,
     "lr": 2e-3,
     "optimizer": "adamw",
@@ -52,7 +52,7 @@ SHAPES_DEFAULTS: dict[str, Any] = {
     "warmup_iters": 100,
     "max_grad_norm": 5.0,
     "amp": "auto",
-    "image_size": 160,
+    "image_size": 128,
     "fpn_channels": 64,
     "stem": [64, 64],
     "weights": "none",
