@@ -7,28 +7,45 @@ two-stage detector can be another.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from common import check_training_batch
+from eecs598.augment import Augmentation
+from eecs598.datasets import load_index
+from eecs598.distributed import (
+    broadcast_buffers,
+    is_main_process,
+    mean_over_processes,
+    num_processes,
+)
 from eecs598.files import replacing
 from eecs598.metrics import write_text_format
+from eecs598.sampling import Sample
+from eecs598.training_run import TrainingRun
 from eecs598.utils import detection_visualizer, in_notebook_or_window
-from eecs598.voc import VOC2007_CLASSES, download_voc2007, load_index
+from eecs598.voc import VOC2007_CLASSES, download_voc2007
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AugmentedTrainingSet",
     "VOC2007DetectionTiny",
     "hello_helper",
     "inference_with_detector",
@@ -56,7 +73,7 @@ def hello_helper() -> None:
 
 
 class VOC2007DetectionTiny(Dataset):
-    """PASCAL VOC 2007, or any data in its layout, resized for a small detector.
+    """PASCAL VOC 2007, or other data in its layout or in COCO's, resized for a small detector.
 
     The index comes from ``dataset_dir/voc07_{split}.json`` (the course's file) or, where that is
     missing, from the XML of the devkit, with the objects flagged as difficult left out: the same
@@ -64,7 +81,8 @@ class VOC2007DetectionTiny(Dataset):
     square in the centre; images of other splits are only resized, so their sizes vary.
 
     Args:
-        dataset_dir: folder with ``VOCdevkit/VOC2007``, or itself in VOC layout.
+        dataset_dir: folder with ``VOCdevkit/VOC2007``, or itself in VOC layout, or with the JSON
+            of COCO (``eecs598.coco.candidates`` says where).
         split: ``"train"``, ``"val"`` or any other list in ``ImageSets/Main``.
         download: fetch the devkit into ``dataset_dir`` unless it is there.
         image_size: shorter side in pixels.
@@ -119,12 +137,10 @@ class VOC2007DetectionTiny(Dataset):
             boxes ``(M, 5)`` as x1, y1, x2, y2 in pixels of that image and class id. M is that of
             the fullest image of the set; rows of -1 are padding, or boxes that the crop removed.
         """
-        path, boxes = self.instances[index]
-        image = _read_image(path)
+        image, boxes = self.load(index)
         original_width, original_height = image.size
         image = TF.resize(image, self.image_size)
         width, height = image.size
-        boxes = boxes.clone()
         boxes[:, 0:4:2] *= width / original_width
         boxes[:, 1:4:2] *= height / original_height
 
@@ -133,17 +149,59 @@ class VOC2007DetectionTiny(Dataset):
             image = TF.crop(image, top, left, self.image_size, self.image_size)
             boxes = _crop_boxes(boxes, left, top, self.image_size)
 
-        pixels = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
-        padded = torch.full((self.max_boxes, 5), -1.0)
-        padded[: len(boxes)] = boxes
-        return str(path), pixels, padded
+        return _make_item(self.instances[index][0], image, boxes, self.max_boxes)
+
+    def load(self, index: int) -> tuple[Image.Image, Tensor]:
+        """The image as it is in its file, in RGB, and its boxes ``(M, 5)`` in those pixels."""
+        path, boxes = self.instances[index]
+        return _read_image(path), boxes.clone()
+
+
+class AugmentedTrainingSet(Dataset):
+    """The training images that a ``TrainingSampler`` asks for, varied at random.
+
+    Args:
+        dataset: where the images come from.
+        augment: names of augmentations, see ``eecs598.augment.Augmentation``; without one, the
+            items are those of the data set.
+    """
+
+    def __init__(self, dataset: VOC2007DetectionTiny, augment: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.augmentation = Augmentation(augment)
+        # A mosaic shows four images.
+        self.max_boxes = dataset.max_boxes * (4 if "mosaic" in augment else 1)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: Sample) -> tuple[str, Tensor, Tensor]:
+        """As ``VOC2007DetectionTiny``; the image is square, of the sample's side."""
+        side = sample.side or self.dataset.image_size
+        if not self.augmentation.names and side == self.dataset.image_size:
+            return self.dataset[sample.index]
+        image, boxes = self.augmentation(
+            self.dataset.load, len(self.dataset), sample.index, sample.seed, side
+        )
+        return _make_item(self.dataset.instances[sample.index][0], image, boxes, self.max_boxes)
+
+
+def _make_item(
+    path: Path, image: Image.Image, boxes: Tensor, max_boxes: int
+) -> tuple[str, Tensor, Tensor]:
+    """Normalise an image and pad its boxes."""
+    pixels = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+    padded = torch.full((max_boxes, 5), -1.0)
+    padded[: len(boxes)] = boxes
+    return str(path), pixels, padded
 
 
 def _read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # damaged files raise whatever the decoder ran into
         raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
@@ -180,20 +238,24 @@ def train_detector(
     schedule: str = "step",
     warmup_iters: int = 0,
     max_grad_norm: float | None = None,
+    pretrained_lr_factor: float = 1.0,
+    average_decay: float | None = None,
     amp: str = "off",
+    compile: bool = False,
+    run: TrainingRun | None = None,
     plot_path: str | os.PathLike | None = None,
 ) -> dict[str, list[float]]:
     """Train a detector.
 
     The defaults are the assignment's recipe: SGD with momentum 0.9, the learning rate divided by
     10 after 60 % and again after 90 % of the iterations. What comes after ``device`` is for
-    training from random weights, where AdamW with a warm-up, clipped gradients and a cosine
-    schedule gets further in a few hundred iterations. The loader is started again as often as it
-    takes.
+    trainings that should get further, or that have to survive a stop. The loader is started again
+    as often as it takes.
 
     Args:
         detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimised.
-        train_loader: gives ``(paths, images, gt_boxes)`` batches.
+        train_loader: gives ``(paths, images, gt_boxes)`` batches. Where ``run`` is resumed, the
+            first of them is the one after the checkpoint.
         learning_rate: at the start.
         weight_decay: of the optimizer.
         max_iters: number of optimizer steps.
@@ -204,8 +266,16 @@ def train_detector(
             (arXiv 1608.03983, equation 5, without restarts).
         warmup_iters: the learning rate rises linearly over this many iterations.
         max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it.
+        pretrained_lr_factor: the learning rate of ``detector.pretrained_parameters()`` is
+            multiplied by it.
+        average_decay: keep a moving average of the weights, of which this part remains in every
+            step. It is what is evaluated, and the detector ends with it.
         amp: ``"auto"`` runs the network in bfloat16 where the processor computes in it natively,
-            ``"off"`` in float32 everywhere. The losses are float32 in any case.
+            in float16 with scaled gradients on other GPUs; ``"off"`` in float32 everywhere. The
+            losses are float32 in any case.
+        compile: compile the network with ``torch.compile``: its first steps take a minute, the
+            others less time.
+        run: saves checkpoints and the history, evaluates, and goes on after a stop.
         plot_path: save the loss plot here. Without it, the plot is shown where there is a
             notebook or a window.
 
@@ -216,6 +286,7 @@ def train_detector(
     Raises:
         ValueError: a batch that the detector can't be trained on, or a setting out of range.
         FloatingPointError: the loss became NaN or infinite.
+        TrainingStopped: Ctrl-C or SIGTERM, with ``run``, after saving.
     """
     if max_iters < 1 or log_period < 1 or learning_rate <= 0:
         raise ValueError(
@@ -225,58 +296,106 @@ def train_detector(
     device = torch.device(device)
     # Channels last is a matter of memory layout alone, and faster on CPUs and tensor cores.
     detector = detector.to(device=device, memory_format=torch.channels_last).train()
-    solver = _make_optimizer(detector, optimizer, learning_rate, weight_decay)
+    groups = _parameter_groups(detector, learning_rate, pretrained_lr_factor)
+    solver = _make_optimizer(groups, optimizer, learning_rate, weight_decay)
     factor = _learning_rate_factor(schedule, warmup_iters, max_iters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
-    precision = _autocast(device, amp)
+    autocast, scaler = _precision(device, amp)
+    parts = {"detector": detector, "optimizer": solver, "scheduler": scheduler, "scaler": scaler}
+    if average_decay is not None:
+        update = get_ema_multi_avg_fn(average_decay)
+        parts["average"] = AveragedModel(detector, multi_avg_fn=update, use_buffers=True)
+    history = run.restore(parts) if run is not None else {}
+    done = len(history.get("iteration", ()))
+    network = _network(detector, device, compile)
+
     num_classes = getattr(detector, "num_classes", None)
-    history: dict[str, list[float]] = {"iteration": [], "lr": []}
-    pending: list[dict[str, Tensor]] = []  # on the device, until the next line of the log
+    best_model = parts["average"].module if "average" in parts else detector
+    pending: list[_Step] = []  # losses still on the device
+    log = _Log(done, max_iters, log_period)
+    with run.catching_signals() if run is not None else contextlib.nullcontext():
+        batches = _endless(train_loader, max_iters - done)
+        for iteration, (paths, images, gt_boxes) in enumerate(batches, start=done + 1):
+            if num_classes is not None:
+                check_training_batch(images, gt_boxes, num_classes)
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            gt_boxes = gt_boxes.to(device, non_blocking=True)
 
-    progress = tqdm(total=max_iters, desc="training", unit="it", dynamic_ncols=True, smoothing=0.1)
-    for iteration, (_, images, gt_boxes) in enumerate(_endless(train_loader, max_iters), start=1):
-        if num_classes is not None:
-            check_training_batch(images, gt_boxes, num_classes)
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        gt_boxes = gt_boxes.to(device, non_blocking=True)
+            with autocast:
+                losses = network(images, gt_boxes)
+            loss = sum(losses.values())
+            solver.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if max_grad_norm is not None:
+                scaler.unscale_(solver)
+                nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
+            lr = solver.param_groups[-1]["lr"]
+            scaler.step(solver)
+            scaler.update()
+            scheduler.step()
+            if "average" in parts:
+                parts["average"].update_parameters(detector)
 
-        with precision:
-            losses = detector(images, gt_boxes)
-        loss = sum(losses.values())
-        solver.zero_grad(set_to_none=True)
-        loss.backward()
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
-        history["iteration"].append(iteration)
-        history["lr"].append(solver.param_groups[0]["lr"])
-        solver.step()
-        scheduler.step()
+            values = {name: part.detach() for name, part in {"loss": loss, **losses}.items()}
+            pending.append(_Step(iteration, lr, values, paths))
+            log.step(len(images))
+            last = iteration == max_iters
+            log_now = iteration % log_period == 0 or last
+            # Several processes agree on a stop when they exchange their losses anyway.
+            stop = run is not None and (log_now or num_processes() == 1) and run.must_stop(device)
+            save_now = run is not None and (last or stop or run.is_due(iteration))
+            if log_now or save_now:
+                _append_losses(history, pending, run)
+                pending.clear()
+            if log_now:
+                log.write(history)
+            if save_now:
+                broadcast_buffers(best_model)
+                run.save(iteration, best_model, parts, history)
+            elif log_now and run is not None:
+                run.write_history(history)
+            if save_now and plot_path is not None and is_main_process():
+                plot_losses(history, plot_path, run.evaluations)
+            if stop and not last:
+                raise run.stopped(iteration)
+    log.close()
 
-        pending.append({"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}})
-        progress.update()
-        if iteration % log_period == 0 or iteration == max_iters:
-            means = _append_losses(history, pending)
-            pending = []
-            parts = "".join(f"[{name}: {value:.3f}]" for name, value in means.items())
-            progress.write(f"[Iter {iteration}]{parts}")
-            progress.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{history['lr'][-1]:.1e}")
-    progress.close()
-
-    if plot_path is not None or in_notebook_or_window():
+    if "average" in parts:
+        detector.load_state_dict(best_model.state_dict())
+    if run is None and (plot_path is not None or in_notebook_or_window()):
         plot_losses(history, plot_path)
     return history
 
 
-def _make_optimizer(
-    detector: nn.Module, name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
+class _Step(NamedTuple):
+    """What the log and the history have to know of an iteration."""
+
+    iteration: int
+    lr: float
+    losses: dict[str, Tensor]
+    paths: Sequence[str]
+
+
+def _parameter_groups(detector: nn.Module, lr: float, pretrained_lr_factor: float) -> list[dict]:
     parameters = [p for p in detector.parameters() if p.requires_grad]
+    if pretrained_lr_factor == 1:
+        return [{"params": parameters}]
+    pretrained = {id(p) for p in detector.pretrained_parameters()}
+    return [
+        {"params": [p for p in parameters if id(p) in pretrained], "lr": lr * pretrained_lr_factor},
+        {"params": [p for p in parameters if id(p) not in pretrained]},
+    ]
+
+
+def _make_optimizer(
+    groups: list[dict], name: str, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
     # One fused kernel for all parameters; the arithmetic is that of the plain loop.
     common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **common)
+        return torch.optim.SGD(groups, momentum=0.9, **common)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        return torch.optim.AdamW(groups, **common)
     raise ValueError(f'optimizer={name!r}; expected "sgd" or "adamw".')
 
 
@@ -298,16 +417,31 @@ def _learning_rate_factor(
     return lambda step: decay(step) * min(1.0, (step + 1) / (warmup_iters + 1))
 
 
-def _autocast(device: torch.device, amp: str) -> torch.autocast:
+def _precision(device: torch.device, amp: str) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """The precision that the network runs in, and what keeps small gradients alive in it."""
     if amp not in ("auto", "off"):
         raise ValueError(f'amp={amp!r}; expected "auto" or "off".')
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        float16 = not bfloat16
     else:
         # Older versions of PyTorch can't tell; there, float32 is never wrong.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native and amp == "auto")
+        bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+        float16 = False
+    dtype = torch.float16 if float16 else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=amp == "auto" and (bfloat16 or float16))
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "auto" and float16)
+
+
+def _network(detector: nn.Module, device: torch.device, compile: bool) -> nn.Module:
+    """What is called in training: the detector, compiled and spread over processes if wanted."""
+    if compile:
+        compile_parts = getattr(detector, "compile_network", detector.compile)
+        compile_parts()
+    if num_processes() == 1:
+        return detector
+    return DistributedDataParallel(detector, [device] if device.type == "cuda" else None)
 
 
 def _endless(loader: DataLoader, max_iters: int) -> Iterator:
@@ -328,32 +462,84 @@ def _endless(loader: DataLoader, max_iters: int) -> Iterator:
 
 
 def _append_losses(
-    history: dict[str, list[float]], pending: list[dict[str, Tensor]]
-) -> dict[str, float]:
-    """Move the losses of the last iterations from the device to the history; their means."""
-    means = {}
-    for name in pending[0]:
-        values = torch.stack([losses[name] for losses in pending]).tolist()
-        history.setdefault(name, []).extend(values)
-        means[name] = sum(values) / len(values)
-    first_bad = next(
-        (i for i, loss in enumerate(history["loss"]) if not abs(loss) < float("inf")), None
-    )
-    if first_bad is not None:
-        parts = {name: history[name][first_bad] for name in pending[0]}
-        raise FloatingPointError(
-            f"the loss became {parts['loss']} at iteration {first_bad + 1} (parts: {parts}). "
-            "Lower the learning rate, or look at the data of that iteration."
+    history: dict[str, list[float]], steps: Sequence[_Step], run: TrainingRun | None
+) -> None:
+    """Move the losses of some iterations from the device to the history; all must be finite."""
+    names = list(steps[0].losses)
+    values = torch.stack([torch.stack(list(step.losses.values())) for step in steps])
+    rows = mean_over_processes(values).tolist()
+    for step, row in zip(steps, rows, strict=True):
+        parts = dict(zip(names, row, strict=True))
+        if not all(map(math.isfinite, row)):
+            raise FloatingPointError(
+                f"the loss became {parts['loss']} at iteration {step.iteration} (parts: {parts}). "
+                f"The batch: {', '.join(step.paths)}. "
+                + (f"{run.last_good()} " if run is not None else "")
+                + "Look at these files, lower the learning rate, or clip the gradients."
+            )
+        for name, value in {"iteration": step.iteration, "lr": step.lr, **parts}.items():
+            history.setdefault(name, []).append(value)
+
+
+def _show_bars() -> bool:
+    """Whether somebody watches; in a file, a bar that is redrawn would make a mess."""
+    return is_main_process() and (in_notebook_or_window() or sys.stderr.isatty())
+
+
+class _Log:
+    """The progress bar, and the lines of the log."""
+
+    def __init__(self, done: int, max_iters: int, log_period: int) -> None:
+        self.log_period, self.max_iters = log_period, max_iters
+        self.bar = tqdm(
+            total=max_iters, initial=done, desc="training", unit="it", disable=not _show_bars()
         )
-    return means
+        self.images, self.since, self.logged = 0, time.perf_counter(), done
+
+    def step(self, num_images: int) -> None:
+        """Count an iteration."""
+        self.images += num_images * num_processes()
+        self.bar.update()
+
+    def write(self, history: dict[str, list[float]]) -> None:
+        """A line with the means since the last one."""
+        iteration, lr = history["iteration"][-1], history["lr"][-1]
+        count = iteration - self.logged
+        means = {
+            name: sum(values[-count:]) / count
+            for name, values in history.items()
+            if name not in ("iteration", "lr")
+        }
+        now = time.perf_counter()
+        speed = self.images / (now - self.since)
+        left = (self.max_iters - iteration) * (now - self.since) / count
+        self.images, self.since, self.logged = 0, now, iteration
+        if is_main_process():
+            parts = "".join(f"[{name}: {value:.3f}]" for name, value in means.items())
+            left_text = datetime.timedelta(seconds=round(left))
+            self.bar.write(
+                f"[Iter {iteration}]{parts} lr {lr:.1e}, {speed:.1f} images/s, {left_text} left"
+            )
+            self.bar.set_postfix(
+                loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.1f}"
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
 
 
-def plot_losses(history: Mapping[str, Sequence[float]], path: str | os.PathLike | None = None):
+def plot_losses(
+    history: Mapping[str, Sequence[float]],
+    path: str | os.PathLike | None = None,
+    evaluations: Sequence[Mapping[str, float]] = (),
+):
     """Plot the loss of a training and its parts, smoothed, over the iterations.
 
     Args:
         history: as returned by ``train_detector``.
         path: save the plot here; shown in a notebook or a window unless given.
+        evaluations: ``{"iteration", "mAP"}`` each, drawn on an axis of their own.
 
     Returns:
         The matplotlib axes.
@@ -381,7 +567,14 @@ def plot_losses(history: Mapping[str, Sequence[float]], path: str | os.PathLike 
     ax.set(title="training loss", xlabel="iteration", ylabel="loss")
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
-    ax.legend()
+    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    if evaluations:
+        twin = ax.twinx()
+        steps = [entry["iteration"] for entry in evaluations]
+        percent = [100 * entry["mAP"] for entry in evaluations]
+        lines += twin.plot(steps, percent, "ko-", markersize=4, label="validation mAP")
+        twin.set(ylabel="mAP@0.5 in %", ylim=(0, None))
+    ax.legend(handles=lines)
     if path is not None:
         with replacing(path) as unfinished:
             figure.savefig(unfinished, bbox_inches="tight")
@@ -461,7 +654,10 @@ def iterate_detections(
     was_training = detector.training
     detector.to(dtype=dtype, device=device).eval()
     try:
-        for paths, images, gt_boxes in tqdm(test_loader, desc="inference", unit="image"):
+        hidden = not _show_bars()
+        for paths, images, gt_boxes in tqdm(
+            test_loader, desc="inference", unit="image", disable=hidden
+        ):
             if len(images) != 1:
                 raise ValueError(
                     f"the loader gives {len(images)} images a batch; evaluation needs "

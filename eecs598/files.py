@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_json"]
+__all__ = ["remove_unfinished", "replacing", "write_json"]
+
+
+_MARK = ".part"
 
 
 @contextlib.contextmanager
@@ -20,13 +23,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}{path.suffix}")
     try:
         yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file)  # the content reaches the disk before the name does
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what ``replacing`` left in a folder when its process was killed."""
+    for path in Path(folder).glob(f".*{_MARK}*"):
+        path.unlink()
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
