@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"fcos: error: {error}", file=sys.stderr)
+        # An error in a process that loads data brings its traceback along as text.
+        text = str(error)
+        text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
+        print(f"fcos: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fcos: interrupted", file=sys.stderr)
@@ -285,7 +288,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     val_set = _dataset(data, "val", settings.image_size, classes)
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {classes}")
     print(settings)
-    description["images"] = {"train": len(train_set), "val": len(val_set)}
+    description["contents"] = {s.split: _contents(s) for s in (train_set, val_set)}
     if is_main_process():
         write_json(out / "run.json", description)
 
@@ -512,6 +515,13 @@ def _dataset(
     from a4_helper import VOC2007DetectionTiny
 
     return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes)
+
+
+def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:
+    """How many images a split has, and how many objects of each class."""
+    labels = [int(label) for _, boxes in dataset.instances for label in boxes[:, 4]]
+    objects = {name: labels.count(i) for name, i in dataset.class_to_idx.items()}
+    return {"images": len(dataset), "objects": objects}
 
 
 def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:

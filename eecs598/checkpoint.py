@@ -77,14 +77,14 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the random generators of Python, NumPy and PyTorch (CPU and all GPUs)."""
+    """The states of the random generators of Python, NumPy and PyTorch (CPU and this GPU)."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -95,5 +95,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

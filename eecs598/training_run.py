@@ -15,6 +15,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -235,7 +236,9 @@ class TrainingRun:
             self.signal_number = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        previous = {number: signal.signal(number, note) for number in _SIGNALS}
+        # Python lets only the main thread do this.
+        main = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.signal(number, note) for number in _SIGNALS if main}
         try:
             yield
         finally:
