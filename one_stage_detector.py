@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -396,6 +396,7 @@ class FCOS(nn.Module):
         # Moving average of the foreground locations per image. A buffer, because like the
         # statistics of batch norm it belongs to the state of a training.
         self.register_buffer("loss_normalizer", torch.tensor(150.0))
+        self._compiled_network: Callable | None = None
 
     def train(self, mode: bool = True) -> FCOS:
         """Switch between training and evaluation mode."""
@@ -411,9 +412,11 @@ class FCOS(nn.Module):
         return list(self.backbone.backbone.parameters())
 
     def compile_network(self) -> None:
-        """Compile what is computed on feature maps; targets and losses stay as they are."""
-        self.backbone.compile()
-        self.pred_net.compile()
+        """Compile backbone, pyramid and head for training; targets and losses stay as they are.
+
+        Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
+        """
+        self._compiled_network = torch.compile(self._run_network)
 
     def forward(
         self,
@@ -479,7 +482,8 @@ class FCOS(nn.Module):
         return locations, class_logits, deltas, centerness_logits
 
     def _losses(self, images: Tensor, gt_boxes: Tensor) -> dict[str, Tensor]:
-        locations_per_level, *predictions = self._run_network(images)
+        network = self._compiled_network or self._run_network
+        locations_per_level, *predictions = network(images)
         class_logits, deltas, centerness_logits = (_join_predictions(p) for p in predictions)
         locations, strides = _join_levels(locations_per_level, self.backbone.fpn_strides)
 
