@@ -17,8 +17,8 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-from eecs598.shapes import CLASSES, write_shapes
 from eecs598.settings import RECIPES
+from eecs598.shapes import CLASSES, write_shapes
 from eecs598.voc import VOC2007_CLASSES, class_names
 
 ROOT = Path(__file__).resolve().parents[1]
