@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
@@ -31,12 +30,19 @@ from eecs598.augment import Augmentation
 from eecs598.datasets import load_index
 from eecs598.distributed import (
     broadcast_buffers,
+    gather,
     is_main_process,
     mean_over_processes,
     num_processes,
 )
 from eecs598.files import replacing
 from eecs598.metrics import write_text_format
+from eecs598.optimization import (
+    learning_rate_factor,
+    make_optimizer,
+    mixed_precision,
+    weight_average,
+)
 from eecs598.sampling import Sample
 from eecs598.training_run import TrainingRun
 from eecs598.utils import detection_visualizer, in_notebook_or_window
@@ -256,7 +262,7 @@ def train_detector(
         detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimised.
         train_loader: gives ``(paths, images, gt_boxes)`` batches. Where ``run`` is resumed, the
             first of them is the one after the checkpoint.
-        learning_rate: at the start.
+        learning_rate: at the start, or after the warm-up.
         weight_decay: of the optimizer.
         max_iters: number of optimizer steps.
         log_period: iterations between two lines of the log; a line shows means since the last.
@@ -269,7 +275,8 @@ def train_detector(
         pretrained_lr_factor: the learning rate of ``detector.pretrained_parameters()`` is
             multiplied by it.
         average_decay: keep a moving average of the weights, of which this part remains in every
-            step. It is what is evaluated, and the detector ends with it.
+            step (fewer in the first steps). It is what is evaluated, and the detector ends with
+            it.
         amp: ``"auto"`` runs the network in bfloat16 where the processor computes in it natively,
             in float16 with scaled gradients on other GPUs; ``"off"`` in float32 everywhere. The
             losses are float32 in any case.
@@ -277,7 +284,7 @@ def train_detector(
             others less time.
         run: saves checkpoints and the history, evaluates, and goes on after a stop.
         plot_path: save the loss plot here. Without it, the plot is shown where there is a
-            notebook or a window.
+            notebook or a window. With ``run``, plotting is the run's business.
 
     Returns:
         History with one entry an iteration: ``"iteration"``, ``"lr"``, ``"loss"`` and each part
@@ -296,24 +303,24 @@ def train_detector(
     device = torch.device(device)
     # Channels last is a matter of memory layout alone, and faster on CPUs and tensor cores.
     detector = detector.to(device=device, memory_format=torch.channels_last).train()
-    groups = _parameter_groups(detector, learning_rate, pretrained_lr_factor)
-    solver = _make_optimizer(groups, optimizer, learning_rate, weight_decay)
-    factor = _learning_rate_factor(schedule, warmup_iters, max_iters)
+    solver = make_optimizer(detector, optimizer, learning_rate, weight_decay, pretrained_lr_factor)
+    factor = learning_rate_factor(schedule, warmup_iters, max_iters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
-    autocast, scaler = _precision(device, amp)
-    parts = {"detector": detector, "optimizer": solver, "scheduler": scheduler, "scaler": scaler}
+    autocast, scaler = mixed_precision(device, amp)
+    state = {"detector": detector, "optimizer": solver, "scheduler": scheduler, "scaler": scaler}
+    average = None
     if average_decay is not None:
-        update = get_ema_multi_avg_fn(average_decay)
-        parts["average"] = AveragedModel(detector, multi_avg_fn=update, use_buffers=True)
-    history = run.restore(parts) if run is not None else {}
+        state["average"] = average = weight_average(detector, average_decay)
+    best_model = detector if average is None else average.module
+    history = run.restore(state) if run is not None else {}
     done = len(history.get("iteration", ()))
-    network = _network(detector, device, compile)
-
+    network = _training_network(detector, device, compile)
     num_classes = getattr(detector, "num_classes", None)
-    best_model = parts["average"].module if "average" in parts else detector
-    pending: list[_Step] = []  # losses still on the device
-    log = _Log(done, max_iters, log_period)
-    with run.catching_signals() if run is not None else contextlib.nullcontext():
+
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(_Record(history, max_iters, run))
+        if run is not None:
+            stack.enter_context(run.catching_signals())
         batches = _endless(train_loader, max_iters - done)
         for iteration, (paths, images, gt_boxes) in enumerate(batches, start=done + 1):
             if num_classes is not None:
@@ -329,116 +336,34 @@ def train_detector(
             if max_grad_norm is not None:
                 scaler.unscale_(solver)
                 nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
-            lr = solver.param_groups[-1]["lr"]
+            record.step(iteration, solver.param_groups[0]["lr"], {"loss": loss, **losses}, paths)
             scaler.step(solver)
             scaler.update()
             scheduler.step()
-            if "average" in parts:
-                parts["average"].update_parameters(detector)
+            if average is not None:
+                average.update_parameters(detector)
 
-            values = {name: part.detach() for name, part in {"loss": loss, **losses}.items()}
-            pending.append(_Step(iteration, lr, values, paths))
-            log.step(len(images))
             last = iteration == max_iters
-            log_now = iteration % log_period == 0 or last
-            # Several processes agree on a stop when they exchange their losses anyway.
-            stop = run is not None and (log_now or num_processes() == 1) and run.must_stop(device)
-            save_now = run is not None and (last or stop or run.is_due(iteration))
-            if log_now or save_now:
-                _append_losses(history, pending, run)
-                pending.clear()
-            if log_now:
-                log.write(history)
-            if save_now:
+            if last or iteration % log_period == 0:
+                record.log()
+            if run is not None and run.is_due(iteration, last):
                 broadcast_buffers(best_model)
-                run.save(iteration, best_model, parts, history)
-            elif log_now and run is not None:
-                run.write_history(history)
-            if save_now and plot_path is not None and is_main_process():
-                plot_losses(history, plot_path, run.evaluations)
-            if stop and not last:
-                raise run.stopped(iteration)
-    log.close()
+                run.save(iteration, best_model, state, record.flush(), last)
+                record.restart_clock()
 
-    if "average" in parts:
+    if average is not None:
         detector.load_state_dict(best_model.state_dict())
     if run is None and (plot_path is not None or in_notebook_or_window()):
         plot_losses(history, plot_path)
     return history
 
 
-class _Step(NamedTuple):
-    """What the log and the history have to know of an iteration."""
-
-    iteration: int
-    lr: float
-    losses: dict[str, Tensor]
-    paths: Sequence[str]
-
-
-def _parameter_groups(detector: nn.Module, lr: float, pretrained_lr_factor: float) -> list[dict]:
-    parameters = [p for p in detector.parameters() if p.requires_grad]
-    if pretrained_lr_factor == 1:
-        return [{"params": parameters}]
-    pretrained = {id(p) for p in detector.pretrained_parameters()}
-    return [
-        {"params": [p for p in parameters if id(p) in pretrained], "lr": lr * pretrained_lr_factor},
-        {"params": [p for p in parameters if id(p) not in pretrained]},
-    ]
-
-
-def _make_optimizer(
-    groups: list[dict], name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    # One fused kernel for all parameters; the arithmetic is that of the plain loop.
-    common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, **common)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, **common)
-    raise ValueError(f'optimizer={name!r}; expected "sgd" or "adamw".')
-
-
-def _learning_rate_factor(
-    schedule: str, warmup_iters: int, max_iters: int
-) -> Callable[[int], float]:
-    """What the learning rate is multiplied with, as a function of the steps done so far."""
-    if schedule == "step":
-        milestones = (int(0.6 * max_iters), int(0.9 * max_iters))
-
-        def decay(step: int) -> float:
-            return 0.1 ** sum(step >= milestone for milestone in milestones)
-    elif schedule == "cosine":
-
-        def decay(step: int) -> float:
-            return 0.5 * (1 + math.cos(math.pi * step / max_iters))
-    else:
-        raise ValueError(f'schedule={schedule!r}; expected "step" or "cosine".')
-    return lambda step: decay(step) * min(1.0, (step + 1) / (warmup_iters + 1))
-
-
-def _precision(device: torch.device, amp: str) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """The precision that the network runs in, and what keeps small gradients alive in it."""
-    if amp not in ("auto", "off"):
-        raise ValueError(f'amp={amp!r}; expected "auto" or "off".')
-    if device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        float16 = not bfloat16
-    else:
-        # Older versions of PyTorch can't tell; there, float32 is never wrong.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        float16 = False
-    dtype = torch.float16 if float16 else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=amp == "auto" and (bfloat16 or float16))
-    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "auto" and float16)
-
-
-def _network(detector: nn.Module, device: torch.device, compile: bool) -> nn.Module:
+def _training_network(detector: nn.Module, device: torch.device, compile: bool) -> nn.Module:
     """What is called in training: the detector, compiled and spread over processes if wanted."""
-    if compile:
-        compile_parts = getattr(detector, "compile_network", detector.compile)
-        compile_parts()
+    if hasattr(detector, "compile_network"):
+        detector.compile_network(compile)
+    elif compile:
+        detector.compile()
     if num_processes() == 1:
         return detector
     return DistributedDataParallel(detector, [device] if device.type == "cuda" else None)
@@ -461,48 +386,80 @@ def _endless(loader: DataLoader, max_iters: int) -> Iterator:
             )
 
 
-def _append_losses(
-    history: dict[str, list[float]], steps: Sequence[_Step], run: TrainingRun | None
-) -> None:
-    """Move the losses of some iterations from the device to the history; all must be finite."""
-    names = list(steps[0].losses)
-    values = torch.stack([torch.stack(list(step.losses.values())) for step in steps])
-    rows = mean_over_processes(values).tolist()
-    for step, row in zip(steps, rows, strict=True):
-        parts = dict(zip(names, row, strict=True))
-        if not all(map(math.isfinite, row)):
-            raise FloatingPointError(
-                f"the loss became {parts['loss']} at iteration {step.iteration} (parts: {parts}). "
-                f"The batch: {', '.join(step.paths)}. "
-                + (f"{run.last_good()} " if run is not None else "")
-                + "Look at these files, lower the learning rate, or clip the gradients."
-            )
-        for name, value in {"iteration": step.iteration, "lr": step.lr, **parts}.items():
-            history.setdefault(name, []).append(value)
+class _Step(NamedTuple):
+    """What the history has to know of an iteration."""
+
+    iteration: int
+    lr: float
+    losses: dict[str, Tensor]
+    paths: Sequence[str]
 
 
-def _show_bars() -> bool:
-    """Whether somebody watches; in a file, a bar that is redrawn would make a mess."""
-    return is_main_process() and (in_notebook_or_window() or sys.stderr.isatty())
+class _Record:
+    """What a training tells: the history, the lines of the log, the progress bar."""
 
-
-class _Log:
-    """The progress bar, and the lines of the log."""
-
-    def __init__(self, done: int, max_iters: int, log_period: int) -> None:
-        self.log_period, self.max_iters = log_period, max_iters
+    def __init__(
+        self, history: dict[str, list[float]], max_iters: int, run: TrainingRun | None
+    ) -> None:
+        self.history, self.max_iters, self.run = history, max_iters, run
+        self.pending: list[_Step] = []  # losses still on the device
+        self.logged = len(history.get("iteration", ()))
         self.bar = tqdm(
-            total=max_iters, initial=done, desc="training", unit="it", disable=not _show_bars()
+            total=max_iters,
+            initial=self.logged,
+            desc="training",
+            unit="it",
+            disable=not _somebody_watches(),
         )
-        self.images, self.since, self.logged = 0, time.perf_counter(), done
+        self.restart_clock()
 
-    def step(self, num_images: int) -> None:
-        """Count an iteration."""
-        self.images += num_images * num_processes()
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.bar.close()
+
+    def restart_clock(self) -> None:
+        """Speed is measured from here on."""
+        self.images, self.iterations, self.since = 0, 0, time.perf_counter()
+
+    def step(
+        self, iteration: int, lr: float, losses: Mapping[str, Tensor], paths: Sequence[str]
+    ) -> None:
+        """Note an iteration, without waiting for the device."""
+        values = {name: loss.detach() for name, loss in losses.items()}
+        self.pending.append(_Step(iteration, lr, values, paths))
+        self.images += len(paths) * num_processes()
+        self.iterations += 1
         self.bar.update()
 
-    def write(self, history: dict[str, list[float]]) -> None:
+    def flush(self) -> dict[str, list[float]]:
+        """Move what is pending from the device to the history; all losses must be finite."""
+        if not self.pending:
+            return self.history
+        names = list(self.pending[0].losses)
+        values = torch.stack([torch.stack(list(s.losses.values())) for s in self.pending])
+        rows = mean_over_processes(values).tolist()
+        for step, row in zip(self.pending, rows, strict=True):
+            parts = dict(zip(names, row, strict=True))
+            if not all(map(math.isfinite, row)):
+                paths = [path for paths in gather(step.paths) for path in paths]
+                raise FloatingPointError(
+                    f"the loss became {parts['loss']} at iteration {step.iteration} (parts: "
+                    f"{parts}). The batch: {', '.join(paths)}. "
+                    + (f"{self.run.last_good()} " if self.run is not None else "")
+                    + "Look at these files, lower the learning rate, or clip the gradients."
+                )
+            for name, value in {"iteration": step.iteration, "lr": step.lr, **parts}.items():
+                self.history.setdefault(name, []).append(value)
+        self.pending.clear()
+        return self.history
+
+    def log(self) -> None:
         """A line with the means since the last one."""
+        history = self.flush()
+        if self.run is not None:
+            self.run.write_history(history)
         iteration, lr = history["iteration"][-1], history["lr"][-1]
         count = iteration - self.logged
         means = {
@@ -510,23 +467,25 @@ class _Log:
             for name, values in history.items()
             if name not in ("iteration", "lr")
         }
-        now = time.perf_counter()
-        speed = self.images / (now - self.since)
-        left = (self.max_iters - iteration) * (now - self.since) / count
-        self.images, self.since, self.logged = 0, now, iteration
+        seconds = time.perf_counter() - self.since
+        speed = self.images / seconds
+        left = round((self.max_iters - iteration) * seconds / self.iterations)
+        self.logged = iteration
+        self.restart_clock()
         if is_main_process():
             parts = "".join(f"[{name}: {value:.3f}]" for name, value in means.items())
-            left_text = datetime.timedelta(seconds=round(left))
             self.bar.write(
-                f"[Iter {iteration}]{parts} lr {lr:.1e}, {speed:.1f} images/s, {left_text} left"
+                f"[Iter {iteration}]{parts} lr {lr:.1e}, {speed:.1f} images/s, "
+                f"{datetime.timedelta(seconds=left)} left"
             )
             self.bar.set_postfix(
                 loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.1f}"
             )
 
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.close()
+
+def _somebody_watches() -> bool:
+    """In a file, a bar that is redrawn would make a mess."""
+    return is_main_process() and (in_notebook_or_window() or sys.stderr.isatty())
 
 
 def plot_losses(
@@ -654,7 +613,7 @@ def iterate_detections(
     was_training = detector.training
     detector.to(dtype=dtype, device=device).eval()
     try:
-        hidden = not _show_bars()
+        hidden = not _somebody_watches()
         for paths, images, gt_boxes in tqdm(
             test_loader, desc="inference", unit="image", disable=hidden
         ):

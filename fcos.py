@@ -1,7 +1,7 @@
 """The command line: train, evaluate and score one-stage detectors.
 
     fcos train                          generate the embedded data set, train, evaluate
-    fcos train --data DIR               the same on a folder in VOC layout
+    fcos train --data DIR               the same on a folder in VOC layout, or with COCO's JSON
     fcos train --resume                 go on with a training that was stopped
     torchrun --nproc-per-node N -m fcos train ...    with several GPUs
     fcos eval CHECKPOINT --data DIR     mAP of a trained detector
@@ -22,7 +22,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 # scores, too. The assignment's own evaluation uses 0.4.
 EVAL_SCORE_THRESH = 0.05
 EVAL_NMS_THRESH = 0.6
+
+# What else `fcos train` keeps to when it goes on, but may change.
+RUN_OPTIONS = {"checkpoint_every": 500, "keep_every": 0, "eval_every": 1500, "tensorboard": False}
 
 # Pictures are for people: only what the detector is confident of.
 SHEET_SCORE_THRESH = 0.4
@@ -78,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a detector and evaluate it",
-        description="Train a detector and evaluate it. Without --data, on the generated set. "
-        "Leaves checkpoint.pt, history.json, loss.png, metrics.json, ap.png and detections.png.",
+        description="Train a detector and evaluate it. Without --data, on the generated set. The "
+        "folder of the run gets run.json, checkpoint.pt, best.pt, history.jsonl and history.json, "
+        "loss.png, metrics.json, ap.png and detections.png.",
     )
     train.set_defaults(run=_train)
     train.add_argument(
@@ -99,25 +103,19 @@ def _parser() -> argparse.ArgumentParser:
         help="settings to start from: the assignment's, better ones, those for the generated set "
         "(handout with --data, otherwise shapes)",
     )
+    for option, text in (
+        ("checkpoint-every", "iterations between two checkpoints (500)"),
+        ("keep-every", "keep the checkpoint of every N-th iteration (of none)"),
+        ("eval-every", "iterations between two evaluations on val (1500)"),
+    ):
+        train.add_argument(
+            f"--{option}", type=_natural, default=argparse.SUPPRESS, metavar="N", help=text
+        )
     train.add_argument(
-        "--checkpoint-every",
-        type=_natural,
-        default=500,
-        metavar="N",
-        help="iterations between two checkpoints (500)",
-    )
-    train.add_argument(
-        "--keep-every", type=_natural, default=0, metavar="N", help="keep a checkpoint every N"
-    )
-    train.add_argument(
-        "--eval-every",
-        type=_natural,
-        default=1500,
-        metavar="N",
-        help="iterations between two evaluations on val, of which best.pt keeps the best (1500)",
-    )
-    train.add_argument(
-        "--tensorboard", action="store_true", help="write curves for TensorBoard, too"
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="write the curves for TensorBoard, too",
     )
     _add_machine_options(train)
     _add_settings(train)
@@ -125,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="mAP of a trained detector")
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
-    evaluate.add_argument("--data", metavar="DIR", required=True, help="folder in VOC layout")
+    evaluate.add_argument(
+        "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
+    )
     evaluate.add_argument(
         "--image-size", type=_positive_int, metavar="N", help="another one than in training"
     )
@@ -255,9 +255,8 @@ def _train(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(process_group(_device(args.device)))
         if not is_main_process():
-            stack.enter_context(
-                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
-            )
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
         try:
             _train_and_evaluate(args, device)
         except TrainingStopped as stopped:
@@ -269,12 +268,12 @@ def _train(args: argparse.Namespace) -> int:
 def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     import torch
 
-    from a4_helper import AugmentedTrainingSet, train_detector
+    from a4_helper import AugmentedTrainingSet, plot_losses, train_detector
     from eecs598 import reset_seed
-    from eecs598.distributed import is_main_process, num_processes, rank
-    from eecs598.files import write_json
+    from eecs598.distributed import gather, is_main_process, num_processes, rank
+    from eecs598.files import claimed, write_json
     from eecs598.sampling import TrainingSampler
-    from eecs598.training_run import TrainingRun, ignore_interrupts
+    from eecs598.training_run import TrainingRun, ignore_signals
 
     description = _resumed(args) if args.resume else _new_run(args)
     out, data, classes = Path(description["out"]), description["data"], description["classes"]
@@ -286,15 +285,19 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
         )
     train_set = _dataset(data, "train", settings.image_size, classes)
     val_set = _dataset(data, "val", settings.image_size, classes)
+    contents = {dataset.split: _contents(dataset) for dataset in (train_set, val_set)}
+    if description.setdefault("contents", contents) != contents:
+        raise ValueError(
+            f"{data} has changed since the training in {out} began: it had "
+            f"{description['contents']} and has {contents}. Bring back the old data, or start "
+            "another training."
+        )
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {classes}")
     print(settings)
-    description["contents"] = {s.split: _contents(s) for s in (train_set, val_set)}
-    if is_main_process():
-        write_json(out / "run.json", description)
 
     reset_seed(settings.seed)
     checkpoint = out / "checkpoint.pt"
-    resume = args.resume and checkpoint.is_file()
+    resume = gather(args.resume and checkpoint.is_file())[0]
     # The checkpoint holds the backbone's weights, too.
     detector = _build_detector(settings, len(classes), "none" if resume else settings.weights)
 
@@ -305,12 +308,10 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
         out,
         settings.to_dict(),
         classes,
-        checkpoint_every=args.checkpoint_every,
-        keep_every=args.keep_every,
-        evaluate=lambda model: evaluate(model)["mAP"],
-        eval_every=args.eval_every,
+        evaluate=evaluate,
+        plot=lambda history, evaluations: plot_losses(history, out / "loss.png", evaluations),
         resume=resume,
-        tensorboard=args.tensorboard,
+        **description["options"],
     )
     sampler = TrainingSampler(
         len(train_set),
@@ -326,35 +327,38 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
         AugmentedTrainingSet(train_set, settings.augment),
         batch_sampler=sampler,
         num_workers=_workers(args.workers),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
         pin_memory=device != "cpu",
         generator=torch.Generator(),  # or the loader would draw from the one of the training
     )
-    history = train_detector(
-        detector,
-        train_loader,
-        learning_rate=settings.lr,
-        max_iters=settings.iters,
-        log_period=max(1, min(100, settings.iters // 10)),
-        device=device,
-        run=run,
-        plot_path=out / "loss.png",
-        **{
-            name: getattr(settings, name)
-            for name in (
-                "optimizer",
-                "weight_decay",
-                "schedule",
-                "warmup_iters",
-                "max_grad_norm",
-                "pretrained_lr_factor",
-                "average_decay",
-                "amp",
-                "compile",
-            )
-        },
-    )
-    result = evaluate(detector)
+    with claimed(out) if is_main_process() else contextlib.nullcontext():
+        if is_main_process():
+            write_json(out / "run.json", description)
+        history = train_detector(
+            detector,
+            train_loader,
+            learning_rate=settings.lr,
+            max_iters=settings.iters,
+            log_period=max(1, min(100, settings.iters // 10)),
+            device=device,
+            run=run,
+            **{
+                name: getattr(settings, name)
+                for name in (
+                    "optimizer",
+                    "weight_decay",
+                    "schedule",
+                    "warmup_iters",
+                    "max_grad_norm",
+                    "pretrained_lr_factor",
+                    "average_decay",
+                    "amp",
+                    "compile",
+                )
+            },
+        )
+    # The last step was evaluated, unless there was none left to do.
+    result = run.result or evaluate(detector)
     if not is_main_process():
         return
     write_json(out / "history.json", history)
@@ -373,6 +377,7 @@ def _new_run(args: argparse.Namespace) -> dict[str, Any]:
     recipe = args.recipe or ("shapes" if args.data is None else "handout")
     settings = dataclasses.replace(RECIPES[recipe], **_given_settings(args))
     description = {"recipe": recipe, "settings": settings.to_dict()}
+    description["options"] = {**RUN_OPTIONS, **_given(args, RUN_OPTIONS)}
     if is_main_process():
         data = os.path.abspath(args.data if args.data is not None else _embedded_shapes())
         description |= {"data": data, "classes": class_names(data)}
@@ -399,19 +404,24 @@ def _resumed(args: argparse.Namespace) -> dict[str, Any]:
         description = json.loads((out / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{out} is no folder that a training could go on in: {error}.") from error
-    given = {"recipe": args.recipe, "data": args.data and os.path.abspath(args.data)}
-    given |= {
+    given = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in _given_settings(args).items()
     }
-    kept = {**description, **description["settings"]}
+    if args.recipe is not None:
+        given["recipe"] = args.recipe
+    kept = {"recipe": description["recipe"], **RECIPES["handout"].to_dict()}
+    kept |= description["settings"]
     for name, value in given.items():
-        if value is not None and value != kept[name]:
+        if value != kept[name]:
             raise ValueError(
                 f"{out} was started with {name} {kept[name]}, and now {value} was given. A "
                 "training goes on with the settings that it began with; leave the option out, or "
                 "start another training."
             )
+    if args.data is not None:  # the same data may lie elsewhere now
+        description["data"] = os.path.abspath(args.data)
+    description["options"] |= _given(args, RUN_OPTIONS)
     print(f"going on with {out}")
     description["out"] = str(out)  # it may have moved
     description["environment"].append(describe_environment())
@@ -419,8 +429,12 @@ def _resumed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(Settings)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    return _given(args, [field.name for field in dataclasses.fields(Settings)])
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those arguments that were given, of options that have no default of their own."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -527,13 +541,12 @@ def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:
 def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:
     """The detector of a checkpoint, or of a plain state dict; its settings and classes."""
     from eecs598.checkpoint import load_checkpoint
-    from eecs598.datasets import class_names
 
     checkpoint = load_checkpoint(args.checkpoint)
     state, classes = checkpoint["model"], checkpoint["classes"]
     if checkpoint["settings"] is None:
-        classes = class_names(args.data)
         settings = _settings_of(state, args)
+        classes = _classes_of(state, args)
     else:
         settings = Settings.from_dict(checkpoint["settings"])
     if args.image_size is not None:
@@ -567,6 +580,23 @@ def _settings_of(state: dict[str, Any], args: argparse.Namespace) -> Settings:
         head_norm="group" if len(stem) > 2 * len(convolutions) else "none",
         level_scales=bool(weights("pred_net.scales.")),
     )
+
+
+def _classes_of(state: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """The class names of a plain state dict: those of the data, or VOC's where they fit."""
+    from eecs598.datasets import class_names
+    from eecs598.voc import VOC2007_CLASSES
+
+    names, count = class_names(args.data), len(state["pred_net.pred_cls.bias"])
+    if count == len(VOC2007_CLASSES) and set(names) <= set(VOC2007_CLASSES):
+        return list(VOC2007_CLASSES)
+    if count != len(names):
+        raise ValueError(
+            f"{args.checkpoint} knows {count} classes and {args.data} has {len(names)}: {names}. A "
+            "plain state dict has no class names; evaluate it on data with the classes that it was "
+            "trained on."
+        )
+    return names
 
 
 def _build_detector(settings: Settings, num_classes: int, weights: str) -> FCOS:
@@ -618,11 +648,15 @@ def _evaluate(
     from a4_helper import iterate_detections
     from eecs598.distributed import gather, num_processes, rank
     from eecs598.metrics import average_precision, write_text_format
+    from eecs598.training_run import ignore_signals
 
     classes = list(dataset.class_to_idx)
     own_share = range(rank(), len(dataset), num_processes())
     loader = DataLoader(
-        Subset(dataset, own_share), num_workers=_workers(workers), pin_memory=device != "cpu"
+        Subset(dataset, own_share),
+        num_workers=_workers(workers),
+        worker_init_fn=ignore_signals,
+        pin_memory=device != "cpu",
     )
     found = []
     for number, (path, _, prediction, target) in zip(

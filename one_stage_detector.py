@@ -411,12 +411,12 @@ class FCOS(nn.Module):
         """The parameters that came with the backbone's weights."""
         return list(self.backbone.backbone.parameters())
 
-    def compile_network(self) -> None:
+    def compile_network(self, compile: bool = True) -> None:
         """Compile backbone, pyramid and head for training; targets and losses stay as they are.
 
         Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
         """
-        self._compiled_network = torch.compile(self._run_network)
+        self._compiled_network = torch.compile(self._run_network) if compile else None
 
     def forward(
         self,

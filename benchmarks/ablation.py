@@ -22,7 +22,7 @@ CHANGES: dict[str, list[str]] = {
     "flip": ["--augment", "flip"],
     "flip + zoom": ["--augment", "flip,zoom"],
     "GIoU": ["--box-loss", "giou"],
-    "cosine, warm-up": ["--schedule", "cosine", "--warmup-iters", "100"],
+    "cosine and warm-up": ["--schedule", "cosine", "--warmup-iters", "100"],
     "moving average": ["--average-decay", "0.998"],
     "frozen batch norm": ["--frozen-batch-norm"],
     "centre sampling 1.5": ["--center-radius", "1.5"],
@@ -33,6 +33,7 @@ CHANGES: dict[str, list[str]] = {
     "flip + IoU crop": ["--augment", "flip,iou_crop"],
     "flip + photometric": ["--augment", "flip,photometric"],
     "flip + zoom + mosaic": ["--augment", "flip,zoom,mosaic"],
+    "batches of 128 to 192 px": ["--image-sizes", "128,160,192"],
     "AdamW 5e-4": ["--optimizer", "adamw", "--lr", "5e-4", "--weight-decay", "0.05"],
 }
 
@@ -47,7 +48,11 @@ def main() -> None:
         "--rows", default=",".join(CHANGES), help="names of the rows to run, comma between them"
     )
     args, common = parser.parse_known_args()
-    for name in [] if args.table else args.rows.split(","):
+    rows = [] if args.table else args.rows.split(",")
+    unknown = set(rows) - set(CHANGES)
+    if unknown:
+        parser.error(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(CHANGES)}")
+    for name in rows:
         folder = _folder(args.out, name)
         if (folder / "metrics.json").is_file():
             continue
@@ -57,7 +62,16 @@ def main() -> None:
         else:
             command += ["--data", args.data, *common, *CHANGES[name]]
         print(f"\n== {name}", flush=True)
-        subprocess.run(command, check=True)
+        with subprocess.Popen(command) as training:
+            try:
+                status = training.wait()
+            except KeyboardInterrupt:  # the training got it, too, and saves first
+                training.wait()
+                break
+        if status == 2:
+            print(f"== {name} failed")  # it would fail again, but others need not
+        elif status:
+            break
     print(table(args.out))
 
 

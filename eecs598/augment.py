@@ -77,7 +77,7 @@ class Augmentation:
             The picture, ``side`` by ``side``, and its boxes ``(M, 5)``: x1, y1, x2, y2, class id.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # and not that of the GPU
             indices = [index]
             if "mosaic" in self.names and torch.rand(()) < MOSAIC_PROBABILITY:
                 indices += torch.randint(num_images, (3,)).tolist()
@@ -85,18 +85,20 @@ class Augmentation:
                 _with_boxes(image, boxes[:, :4], boxes[:, 4]) for image, boxes in map(load, indices)
             ]
             picture = pictures[0] if len(pictures) == 1 else self._mosaic(pictures, side)
-            steps = self._geometry(side)
+            steps = self._geometry(picture[0].size, side)
             if "photometric" in self.names:
                 steps.append(v2.RandomPhotometricDistort(p=0.5))
             image, target = v2.Compose(steps)(*picture)
         boxes = target["boxes"].as_subclass(Tensor)
         return image, torch.cat([boxes, target["labels"][:, None]], dim=1)
 
-    def _geometry(self, side: int) -> list[v2.Transform]:
+    def _geometry(self, size: tuple[int, int], side: int) -> list[v2.Transform]:
+        # Of a strip that is a hundred times as long as wide, zoom would leave nothing.
+        zoom = "zoom" in self.names and min(size) * side * ZOOM_RANGE[0] > 2 * max(size)
         steps: list[v2.Transform] = []
         if "iou_crop" in self.names:
             steps.append(v2.RandomIoUCrop())
-        if "zoom" in self.names:
+        if zoom:
             steps.append(v2.ScaleJitter((side, side), ZOOM_RANGE))
             steps.append(v2.RandomCrop(side, pad_if_needed=True, fill=FILL))
         else:

@@ -34,7 +34,8 @@ def process_group(device: str) -> Iterator[str]:
     """Join the group of processes that ``torchrun`` started, if it did; leave it at the end.
 
     Args:
-        device: ``"cpu"`` (processes talk over gloo) or ``"cuda"`` (over nccl).
+        device: ``"cpu"``, or ``"cuda"`` for one GPU a process. Tensors on a GPU travel over nccl,
+            others over gloo.
 
     Yields:
         The device of this process: ``"cpu"``, ``"cuda"``, or ``"cuda:N"`` in a group.
@@ -45,11 +46,10 @@ def process_group(device: str) -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+    yield device
+    # Not after an error: others may wait for this process, and only its end tells them.
+    dist.destroy_process_group()
 
 
 def _in_group() -> bool:
@@ -80,13 +80,13 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value / num_processes()
 
 
-def any_process(flag: bool, device: str | torch.device) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in at least one process; every process has to call it."""
     if num_processes() == 1:
         return flag
-    flags = torch.tensor(float(flag), device=device)
+    flags = torch.tensor(float(flag))  # on the CPU: no GPU has to be waited for
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return bool(flags)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

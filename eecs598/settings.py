@@ -79,9 +79,12 @@ class Settings:
         """Raises ValueError for a value out of range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            for part in value if isinstance(value, tuple) else (value,):
-                if part is not None:
-                    _check(field, part)
+            is_list = field.type.startswith("tuple")
+            if is_list != isinstance(value, tuple) or (value is None and "None" not in field.type):
+                raise ValueError(f"{field.name} is {value!r}; expected {field.type}.")
+            for part in value if is_list else (value,):
+                if part is not None and _check(field, part) != part:
+                    raise ValueError(f"{field.name} is {value!r}; expected {field.type}.")
         if self.average_decay is not None and self.average_decay >= 1:
             raise ValueError(
                 f"average_decay is {self.average_decay}; expected a number below 1, such as 0.999."
@@ -154,7 +157,8 @@ def _check(field: dataclasses.Field, value: Any) -> Any:
     try:
         number = value if field.type == "bool" else kind(value)
         good = choices is None or number in choices
-        good &= at_least is None or number >= at_least
+        good &= field.type != "bool" or isinstance(value, bool)
+        good &= at_least is None or at_least <= number < math.inf
         good &= above is None or above < number < math.inf
     except (TypeError, ValueError):
         good = False

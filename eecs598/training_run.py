@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,7 @@ from eecs598.checkpoint import (
 from eecs598.distributed import any_process, is_main_process
 from eecs598.files import remove_unfinished, replacing
 
-__all__ = ["TrainingRun", "TrainingStopped", "describe_environment", "ignore_interrupts"]
+__all__ = ["TrainingRun", "TrainingStopped", "describe_environment", "ignore_signals"]
 
 History = dict[str, list[float]]
 
@@ -68,10 +68,11 @@ class TrainingRun:
         classes: class names in the order of their ids.
         checkpoint_every: iterations between two checkpoints; 0 for the end alone.
         keep_every: a checkpoint at a multiple of it stays as ``checkpoint-N.pt``; 0 for none.
-        evaluate: gives the validation mAP of a model.
-        eval_every: iterations between two evaluations; 0 for none.
-        resume: go on from ``folder/checkpoint.pt``.
+        evaluate: gives the metrics of a model on the validation set, with their ``"mAP"``.
+        eval_every: iterations between two evaluations; 0 for the end alone.
+        plot: draws the history and the evaluations whenever a checkpoint is written.
         tensorboard: write the losses and the mAP for TensorBoard, too.
+        resume: go on from ``folder/checkpoint.pt``.
 
     Raises:
         ValueError: a checkpoint that can't be read, or that holds a model alone; TensorBoard is
@@ -86,20 +87,26 @@ class TrainingRun:
         *,
         checkpoint_every: int = 0,
         keep_every: int = 0,
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
         eval_every: int = 0,
-        resume: bool = False,
+        plot: Callable[[History, Sequence[Mapping[str, float]]], Any] | None = None,
         tensorboard: bool = False,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.settings, self.classes = dict(settings), list(classes)
         self.checkpoint_every, self.keep_every = checkpoint_every, keep_every
         self.evaluate, self.eval_every = evaluate, eval_every
+        self.plot = plot
         self.evaluations: list[dict[str, float]] = []
+        self.result: dict[str, Any] | None = None  # metrics of the last evaluation
         self.signal_number: int | None = None
+        self._stopping = False
         self._resumed_from = load_training(self.checkpoint_path) if resume else None
         self._written = 0  # iterations in history.jsonl
-        self._tensorboard = _tensorboard_writer(self.folder) if tensorboard else None
+        self._tensorboard = None
+        if tensorboard and is_main_process():
+            self._tensorboard = _tensorboard_writer(self.folder, self.iteration)
 
     @property
     def iteration(self) -> int:
@@ -111,77 +118,120 @@ class TrainingRun:
         """The file that the training goes on from."""
         return self.folder / "checkpoint.pt"
 
-    def restore(self, parts: Mapping[str, Stateful]) -> History:
+    def restore(self, state: Mapping[str, Stateful]) -> History:
         """Load the checkpoint into what the training consists of, if the run is resumed.
 
         Returns:
             The history up to the checkpoint; empty at the start of a training.
         """
-        if self._resumed_from is None:
-            return {}
         saved, self._resumed_from = self._resumed_from, None
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
-        restore_random_states(saved["random"])
-        self.evaluations = saved["evaluations"]
+        history: History = {}
+        if saved is not None:
+            for name, part in state.items():
+                # A gradient scaler that is not in use has none.
+                if saved["state"][name]:
+                    part.load_state_dict(saved["state"][name])
+            restore_random_states(saved["random"])
+            self.evaluations, history = saved["evaluations"], saved["history"]
         if is_main_process():
+            # What a killed process began to write goes; what came after the checkpoint happens
+            # again.
             remove_unfinished(self.folder)
-            # What came after the checkpoint happens again.
-            self._rewrite_history(saved["history"])
-        return saved["history"]
+            entries = [*_steps(history, 0), *self.evaluations]
+            entries.sort(key=lambda entry: entry["iteration"])  # stable: evaluations come second
+            with replacing(self.folder / "history.jsonl") as unfinished:
+                unfinished.write_text(_json_lines(entries), encoding="utf-8")
+        self._written = len(history.get("iteration", ()))
+        return history
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether ``save`` has something to do after this iteration."""
+    def is_due(self, iteration: int, last: bool) -> bool:
+        """Whether ``save`` has something to do; with several processes, all get one answer."""
+        # Every iteration, since torchrun and schedulers leave a process half a minute to stop.
+        self._stopping = any_process(self.signal_number is not None)
         periods = (self.checkpoint_every, self.keep_every, self.eval_every)
-        return any(period and iteration % period == 0 for period in periods)
+        at_period = any(period and iteration % period == 0 for period in periods)
+        return last or self._stopping or at_period
 
     def save(
-        self, iteration: int, model: nn.Module, parts: Mapping[str, Stateful], history: History
+        self,
+        iteration: int,
+        model: nn.Module,
+        state: Mapping[str, Stateful],
+        history: History,
+        last: bool,
     ) -> None:
         """Evaluate when it is due, then write a checkpoint and the history up to here.
 
         Args:
             iteration: that was done last.
             model: that detects best: the moving average where there is one.
-            parts: all that a training consists of.
+            state: all that a training consists of.
             history: with one entry an iteration.
+            last: whether the training ends here; then the model is evaluated in any case.
 
         Raises:
             FloatingPointError: the model has parameters that are not finite; what was saved
                 before stays.
+            TrainingStopped: there was a signal; everything is saved.
         """
-        state = model.state_dict()
-        bad = [name for name, value in state.items() if not _is_finite(value)]
+        weights = model.state_dict()
+        bad = [name for name, value in weights.items() if not _is_finite(value)]
         if bad:
             raise FloatingPointError(
                 f"after iteration {iteration} the model's {bad[0]} is not finite any more. "
                 f"{self.last_good()} Lower the learning rate, or clip the gradients."
             )
-        best = False
-        if self.evaluate is not None and self.eval_every and iteration % self.eval_every == 0:
-            score = self.evaluate(model)
-            best = score > max((entry["mAP"] for entry in self.evaluations), default=-1.0)
-            self.evaluations.append({"iteration": iteration, "mAP": score})
-        if not is_main_process():
-            return
-
         self.write_history(history)
-        model_alone = (state, self.settings, self.classes)
-        if best:
-            save_checkpoint(self.folder / "best.pt", *model_alone, iteration=iteration, mAP=score)
+        at_period = self.eval_every and iteration % self.eval_every == 0
+        if self.evaluate is not None and (last or (at_period and not self._stopping)):
+            self._evaluate(iteration, model)
+        if is_main_process():
+            self._write_checkpoints(iteration, weights, state, history)
+        if self._stopping and not last:
+            number = self.signal_number or signal.SIGTERM
+            raise TrainingStopped(
+                f"stopped by {signal.Signals(number).name} after iteration {iteration}; "
+                f"`fcos train --resume --out {self.folder}` goes on from there.",
+                number,
+            )
+
+    def _evaluate(self, iteration: int, model: nn.Module) -> None:
+        self.result = self.evaluate(model)
+        entry = {"iteration": iteration, "mAP": self.result["mAP"]}
+        best = entry["mAP"] > max((other["mAP"] for other in self.evaluations), default=-1.0)
+        self.evaluations.append(entry)
+        if is_main_process():
+            self._append([entry])
+            if best:
+                weights = model.state_dict()
+                save_checkpoint(
+                    self.folder / "best.pt", weights, self.settings, self.classes, **entry
+                )
+
+    def _write_checkpoints(
+        self,
+        iteration: int,
+        weights: dict[str, torch.Tensor],
+        state: Mapping[str, Stateful],
+        history: History,
+    ) -> None:
         paths = [self.checkpoint_path]
         if self.keep_every and iteration % self.keep_every == 0:
             paths.append(self.folder / f"checkpoint-{iteration}.pt")
         for path in paths:
             save_checkpoint(
                 path,
-                *model_alone,
+                weights,
+                self.settings,
+                self.classes,
                 iteration=iteration,
-                parts={name: part.state_dict() for name, part in parts.items()},
+                state={name: part.state_dict() for name, part in state.items()},
                 random=random_states(),
                 history=history,
                 evaluations=self.evaluations,
             )
+        if self.plot is not None:
+            self.plot(history, self.evaluations)
 
     def last_good(self) -> str:
         """A sentence on what to go back to after something went wrong."""
@@ -193,33 +243,21 @@ class TrainingRun:
     # History
     # ----------------------------------------------------------------------------------------
 
-    def _rewrite_history(self, history: History) -> None:
-        with replacing(self.folder / "history.jsonl") as unfinished:
-            unfinished.write_text("".join(self._lines(history, 0)), encoding="utf-8")
-        self._written = len(history["iteration"])
-
     def write_history(self, history: History) -> None:
         """Append what is new in the history to its file."""
-        if not is_main_process():
-            return
-        lines = list(self._lines(history, self._written))
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(lines)
-        self._written = len(history["iteration"])
-        if self._tensorboard is not None:
-            for entry in map(json.loads, lines):
-                iteration = entry.pop("iteration")
-                for name, value in entry.items():
-                    self._tensorboard.add_scalar(name, value, iteration)
-            self._tensorboard.flush()
+        if is_main_process():
+            self._append(_steps(history, self._written))
+            self._written = len(history["iteration"])
 
-    def _lines(self, history: History, first: int) -> Iterator[str]:
-        evaluations = {entry["iteration"]: entry for entry in self.evaluations}
-        for position in range(first, len(history["iteration"])):
-            entry = {name: values[position] for name, values in history.items()}
-            yield json.dumps(entry) + "\n"
-            if entry["iteration"] in evaluations:
-                yield json.dumps(evaluations[entry["iteration"]]) + "\n"
+    def _append(self, entries: Iterable[Mapping[str, float]]) -> None:
+        entries = list(entries)
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(_json_lines(entries))
+        if self._tensorboard is not None:
+            for entry in entries:
+                for name in entry.keys() - {"iteration"}:
+                    self._tensorboard.add_scalar(name, entry[name], entry["iteration"])
+            self._tensorboard.flush()
 
     # ----------------------------------------------------------------------------------------
     # Signals
@@ -245,26 +283,14 @@ class TrainingRun:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def must_stop(self, device: str | torch.device) -> bool:
-        """Whether one of the processes got a signal."""
-        return any_process(self.signal_number is not None, device)
-
-    def stopped(self, iteration: int) -> TrainingStopped:
-        """What to raise once everything is saved."""
-        number = self.signal_number or signal.SIGTERM
-        return TrainingStopped(
-            f"stopped by {signal.Signals(number).name} after iteration {iteration}; "
-            f"`fcos train --resume --out {self.folder}` goes on from there.",
-            number,
-        )
-
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """For the processes that load data: Ctrl-C reaches them, too, but the trainer ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_worker: int) -> None:
+    """For the processes that load data: signals often go to all, but the trainer ends them."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_training(path: str | os.PathLike) -> dict[str, Any]:
@@ -274,23 +300,33 @@ def load_training(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: there is none, or it holds a model alone.
     """
     checkpoint = load_checkpoint(path)
-    if "parts" not in checkpoint:
+    if "state" not in checkpoint:
         raise ValueError(f"{path} holds a model alone; a training can't go on from it.")
     return checkpoint
+
+
+def _steps(history: History, first: int) -> Iterator[dict[str, float]]:
+    """The history iteration by iteration."""
+    for position in range(first, len(history.get("iteration", ()))):
+        yield {name: values[position] for name, values in history.items()}
+
+
+def _json_lines(entries: Iterable[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def _is_finite(value: torch.Tensor) -> bool:
     return not value.is_floating_point() or bool(value.isfinite().all())
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _tensorboard_writer(folder: Path, iteration: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             'TensorBoard is not installed; `pip install -e ".[tensorboard]"` does it.'
         ) from error
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=iteration + 1)
 
 
 def describe_environment() -> dict[str, Any]:

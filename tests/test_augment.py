@@ -106,3 +106,13 @@ def test_the_training_set(small_voc):
     assert path == dataset[3][0] and image.shape == (3, 96, 96) and image.dtype == torch.float32
     assert boxes.shape == (8, 5)  # a mosaic shows four images of up to two objects
     assert len(augmented) == len(dataset)
+
+
+@pytest.mark.parametrize("size", [(1200, 6), (6, 900)])
+def test_a_strip(size):
+    boxes = torch.tensor([[0.0, 0.0, 6.0, 6.0, 0.0]])
+    for seed in range(5):
+        image, _ = Augmentation(("zoom", "flip"))(
+            lambda _: (Image.new("RGB", size), boxes), 1, 0, seed, 64
+        )
+        assert image.size == (64, 64)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,6 @@ def shapes(tmp_path_factory) -> Path:
 def test_a_process_that_fails_ends_the_job_and_the_run_goes_on(shapes, tmp_path):
     """An image that can't be read stops one of two processes; mended, the training is resumed."""
     out = tmp_path / "run"
-    image = next((shapes / "JPEGImages").glob("*.jpg"))
     train_ids = (shapes / "ImageSets/Main/train.txt").read_text().split()
     image = shapes / "JPEGImages" / f"{train_ids[0]}.jpg"
     content = image.read_bytes()
@@ -86,3 +87,21 @@ def test_a_batch_that_cannot_be_shared(shapes, tmp_path):
     train = ["-m", "fcos", "train", "--data", str(shapes), "--out", str(tmp_path / "run"), *SMALL]
     done = torchrun(*train, "--batch-size", "3")
     assert done.returncode != 0 and "choose a multiple" in done.stderr
+
+
+def test_a_signal_stops_all_processes_in_good_order(shapes, tmp_path):
+    """torchrun passes SIGTERM on and kills whoever is left half a minute later."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "fcos", "train", "--data", str(shapes)]
+    command += ["--out", str(out), *SMALL, "--iters", "5000", "--checkpoint-every", "10"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        while not (out / "checkpoint.pt").exists() and job.poll() is None:
+            time.sleep(0.05)
+        job.terminate()
+        text = job.stdout.read()
+    stopped_at = int(re.search(r"after iteration (\d+)", text)[1])
+    assert load_checkpoint(out / "checkpoint.pt")["iteration"] == stopped_at

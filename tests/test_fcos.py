@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_help_does_not_import_what_is_heavy():
 def test_train_leaves_what_it_says(run_folder):
     names = {path.name for path in (run_folder / "run").iterdir()}
     assert names == {
+        "best.pt",
         "checkpoint.pt",
         "history.json",
         "history.jsonl",
@@ -80,6 +82,13 @@ def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys)
         results.append(json.loads((run_folder / "plain.json").read_text()))
         del results[-1]["checkpoint"]
     assert results[0] == results[1]
+    del checkpoint["model"]["pred_net.pred_cls.weight"]
+    bias = checkpoint["model"]["pred_net.pred_cls.bias"]
+    checkpoint["model"]["pred_net.pred_cls.bias"] = bias.repeat(2)
+    torch.save(checkpoint["model"], run_folder / "other_classes.pt")
+    arguments = ["eval", str(run_folder / "other_classes.pt"), "--data", str(run_folder / "shapes")]
+    assert fcos.main(arguments) == 2
+    assert f"knows {2 * len(bias)} classes" in capsys.readouterr().err
     torch.save({"w": torch.ones(2)}, run_folder / "other_net.pt")
     arguments = ["eval", str(run_folder / "other_net.pt"), "--data", str(run_folder / "shapes")]
     assert fcos.main(arguments) == 2
@@ -101,6 +110,8 @@ def test_resume_keeps_to_the_settings(run_folder, monkeypatch, capsys):
     assert fcos.main(["train", "--resume", "--out", out, "--lr", "0.5"]) == 2
     message = capsys.readouterr().err
     assert "lr 0.008" in message and "0.5" in message
+    assert fcos.main(["train", "--resume", "--out", out, "--max-grad-norm", "3"]) == 2
+    assert "max_grad_norm None" in capsys.readouterr().err
     assert fcos.main(["train", "--resume", "--out", out, "--data", "elsewhere"]) == 2
     assert "elsewhere" in capsys.readouterr().err
     assert fcos.main(["train", "--resume", "--out", str(run_folder / "nowhere")]) == 2
@@ -114,10 +125,20 @@ def test_resume_finds_the_latest_training(run_folder, monkeypatch, capsys):
     monkeypatch.chdir(run_folder)
     train = ["train", "--data", str(run_folder / "shapes"), *SMALL, "--out", "runs/one"]
     assert fcos.main(train) == 0
-    Path("runs/one/metrics.json").unlink()  # as if it had been stopped in the evaluation
-    assert fcos.main(["train", "--resume", "--workers", "0"]) == 0
+    before = Path("runs/one/metrics.json").read_bytes()
+    Path("runs/one/metrics.json").unlink()  # as if it had been stopped after the last step
+    shutil.copytree(run_folder / "shapes", "moved")
+    resume = ["train", "--resume", "--workers", "0", "--data", "moved", "--eval-every", "7"]
+    assert fcos.main(resume) == 0
     assert "going on with runs/one" in capsys.readouterr().out
-    assert Path("runs/one/metrics.json").is_file()
+    assert Path("runs/one/metrics.json").read_bytes() == before
+    description = json.loads(Path("runs/one/run.json").read_text())
+    assert description["data"] == str(run_folder / "moved")
+    assert description["options"]["eval_every"] == 7
+    assert description["options"]["checkpoint_every"] == 500
+    (Path("moved") / "ImageSets/Main/train.txt").write_text("train_00000\n")
+    assert fcos.main(["train", "--resume", "--out", "runs/one"]) == 2
+    assert "has changed" in capsys.readouterr().err
 
 
 def test_every_setting_is_an_option(run_folder, capsys):

@@ -79,6 +79,12 @@ def test_what_is_typed_wrong(name, text, words):
         ({"augment": ("blur",)}, "one of flip"),
         ({"image_sizes": (0,)}, "at least 1"),
         ({"schedule": "linear"}, "one of step, cosine"),
+        ({"iters": 1.5}, "int"),
+        ({"iters": None}, "int"),
+        ({"batch_size": "4"}, "int"),
+        ({"stem": 128}, "tuple"),
+        ({"compile": "no"}, "compile"),
+        ({"weight_decay": float("inf")}, "at least 0"),
     ],
 )
 def test_settings_out_of_range(changes, words):
