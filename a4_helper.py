@@ -7,28 +7,51 @@ two-stage detector can be another.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from common import check_training_batch
+from eecs598.augment import Augmentation
+from eecs598.datasets import load_index
+from eecs598.distributed import (
+    broadcast_buffers,
+    gather,
+    is_main_process,
+    mean_over_processes,
+    num_processes,
+)
 from eecs598.files import replacing
 from eecs598.metrics import write_text_format
+from eecs598.optimization import (
+    learning_rate_factor,
+    make_optimizer,
+    mixed_precision,
+    weight_average,
+)
+from eecs598.sampling import Sample
+from eecs598.training_run import TrainingRun
 from eecs598.utils import detection_visualizer, in_notebook_or_window
-from eecs598.voc import VOC2007_CLASSES, download_voc2007, load_index
+from eecs598.voc import VOC2007_CLASSES, download_voc2007
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AugmentedTrainingSet",
     "VOC2007DetectionTiny",
     "hello_helper",
     "inference_with_detector",
@@ -56,7 +79,7 @@ def hello_helper() -> None:
 
 
 class VOC2007DetectionTiny(Dataset):
-    """PASCAL VOC 2007, or any data in its layout, resized for a small detector.
+    """PASCAL VOC 2007, or other data in its layout or in COCO's, resized for a small detector.
 
     The index comes from ``dataset_dir/voc07_{split}.json`` (the course's file) or, where that is
     missing, from the XML of the devkit, with the objects flagged as difficult left out: the same
@@ -64,7 +87,8 @@ class VOC2007DetectionTiny(Dataset):
     square in the centre; images of other splits are only resized, so their sizes vary.
 
     Args:
-        dataset_dir: folder with ``VOCdevkit/VOC2007``, or itself in VOC layout.
+        dataset_dir: folder with ``VOCdevkit/VOC2007``, or itself in VOC layout, or with the JSON
+            of COCO (``eecs598.coco.candidates`` says where).
         split: ``"train"``, ``"val"`` or any other list in ``ImageSets/Main``.
         download: fetch the devkit into ``dataset_dir`` unless it is there.
         image_size: shorter side in pixels.
@@ -119,12 +143,10 @@ class VOC2007DetectionTiny(Dataset):
             boxes ``(M, 5)`` as x1, y1, x2, y2 in pixels of that image and class id. M is that of
             the fullest image of the set; rows of -1 are padding, or boxes that the crop removed.
         """
-        path, boxes = self.instances[index]
-        image = _read_image(path)
+        image, boxes = self.load(index)
         original_width, original_height = image.size
         image = TF.resize(image, self.image_size)
         width, height = image.size
-        boxes = boxes.clone()
         boxes[:, 0:4:2] *= width / original_width
         boxes[:, 1:4:2] *= height / original_height
 
@@ -133,17 +155,59 @@ class VOC2007DetectionTiny(Dataset):
             image = TF.crop(image, top, left, self.image_size, self.image_size)
             boxes = _crop_boxes(boxes, left, top, self.image_size)
 
-        pixels = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
-        padded = torch.full((self.max_boxes, 5), -1.0)
-        padded[: len(boxes)] = boxes
-        return str(path), pixels, padded
+        return _make_item(self.instances[index][0], image, boxes, self.max_boxes)
+
+    def load(self, index: int) -> tuple[Image.Image, Tensor]:
+        """The image as it is in its file, in RGB, and its boxes ``(M, 5)`` in those pixels."""
+        path, boxes = self.instances[index]
+        return _read_image(path), boxes.clone()
+
+
+class AugmentedTrainingSet(Dataset):
+    """The training images that a ``TrainingSampler`` asks for, varied at random.
+
+    Args:
+        dataset: where the images come from.
+        augment: names of augmentations, see ``eecs598.augment.Augmentation``; without one, the
+            items are those of the data set.
+    """
+
+    def __init__(self, dataset: VOC2007DetectionTiny, augment: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.augmentation = Augmentation(augment)
+        # A mosaic shows four images.
+        self.max_boxes = dataset.max_boxes * (4 if "mosaic" in augment else 1)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: Sample) -> tuple[str, Tensor, Tensor]:
+        """As ``VOC2007DetectionTiny``; the image is square, of the sample's side."""
+        side = sample.side or self.dataset.image_size
+        if not self.augmentation.names and side == self.dataset.image_size:
+            return self.dataset[sample.index]
+        image, boxes = self.augmentation(
+            self.dataset.load, len(self.dataset), sample.index, sample.seed, side
+        )
+        return _make_item(self.dataset.instances[sample.index][0], image, boxes, self.max_boxes)
+
+
+def _make_item(
+    path: Path, image: Image.Image, boxes: Tensor, max_boxes: int
+) -> tuple[str, Tensor, Tensor]:
+    """Normalise an image and pad its boxes."""
+    pixels = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+    padded = torch.full((max_boxes, 5), -1.0)
+    padded[: len(boxes)] = boxes
+    return str(path), pixels, padded
 
 
 def _read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # damaged files raise whatever the decoder ran into
         raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 
@@ -180,21 +244,25 @@ def train_detector(
     schedule: str = "step",
     warmup_iters: int = 0,
     max_grad_norm: float | None = None,
+    pretrained_lr_factor: float = 1.0,
+    average_decay: float | None = None,
     amp: str = "off",
+    compile: bool = False,
+    run: TrainingRun | None = None,
     plot_path: str | os.PathLike | None = None,
 ) -> dict[str, list[float]]:
     """Train a detector.
 
     The defaults are the assignment's recipe: SGD with momentum 0.9, the learning rate divided by
     10 after 60 % and again after 90 % of the iterations. What comes after ``device`` is for
-    training from random weights, where AdamW with a warm-up, clipped gradients and a cosine
-    schedule gets further in a few hundred iterations. The loader is started again as often as it
-    takes.
+    trainings that should get further, or that have to survive a stop. The loader is started again
+    as often as it takes.
 
     Args:
         detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimised.
-        train_loader: gives ``(paths, images, gt_boxes)`` batches.
-        learning_rate: at the start.
+        train_loader: gives ``(paths, images, gt_boxes)`` batches. Where ``run`` is resumed, the
+            first of them is the one after the checkpoint.
+        learning_rate: at the start, or after the warm-up.
         weight_decay: of the optimizer.
         max_iters: number of optimizer steps.
         log_period: iterations between two lines of the log; a line shows means since the last.
@@ -204,10 +272,19 @@ def train_detector(
             (arXiv 1608.03983, equation 5, without restarts).
         warmup_iters: the learning rate rises linearly over this many iterations.
         max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it.
+        pretrained_lr_factor: the learning rate of ``detector.pretrained_parameters()`` is
+            multiplied by it.
+        average_decay: keep a moving average of the weights, of which this part remains in every
+            step (fewer in the first steps). It is what is evaluated, and the detector ends with
+            it.
         amp: ``"auto"`` runs the network in bfloat16 where the processor computes in it natively,
-            ``"off"`` in float32 everywhere. The losses are float32 in any case.
+            in float16 with scaled gradients on other GPUs; ``"off"`` in float32 everywhere. The
+            losses are float32 in any case.
+        compile: compile the network with ``torch.compile``: its first steps take a minute, the
+            others less time.
+        run: saves checkpoints and the history, evaluates, and goes on after a stop.
         plot_path: save the loss plot here. Without it, the plot is shown where there is a
-            notebook or a window.
+            notebook or a window. With ``run``, plotting is the run's business.
 
     Returns:
         History with one entry an iteration: ``"iteration"``, ``"lr"``, ``"loss"`` and each part
@@ -216,6 +293,7 @@ def train_detector(
     Raises:
         ValueError: a batch that the detector can't be trained on, or a setting out of range.
         FloatingPointError: the loss became NaN or infinite.
+        TrainingStopped: Ctrl-C or SIGTERM, with ``run``, after saving.
     """
     if max_iters < 1 or log_period < 1 or learning_rate <= 0:
         raise ValueError(
@@ -225,89 +303,70 @@ def train_detector(
     device = torch.device(device)
     # Channels last is a matter of memory layout alone, and faster on CPUs and tensor cores.
     detector = detector.to(device=device, memory_format=torch.channels_last).train()
-    solver = _make_optimizer(detector, optimizer, learning_rate, weight_decay)
-    factor = _learning_rate_factor(schedule, warmup_iters, max_iters)
+    solver = make_optimizer(detector, optimizer, learning_rate, weight_decay, pretrained_lr_factor)
+    factor = learning_rate_factor(schedule, warmup_iters, max_iters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
-    precision = _autocast(device, amp)
+    autocast, scaler = mixed_precision(device, amp)
+    state = {"detector": detector, "optimizer": solver, "scheduler": scheduler, "scaler": scaler}
+    average = None
+    if average_decay is not None:
+        state["average"] = average = weight_average(detector, average_decay)
+    best_model = detector if average is None else average.module
+    history = run.restore(state) if run is not None else {}
+    done = len(history.get("iteration", ()))
+    network = _training_network(detector, device, compile)
     num_classes = getattr(detector, "num_classes", None)
-    history: dict[str, list[float]] = {"iteration": [], "lr": []}
-    pending: list[dict[str, Tensor]] = []  # on the device, until the next line of the log
 
-    progress = tqdm(total=max_iters, desc="training", unit="it", dynamic_ncols=True, smoothing=0.1)
-    for iteration, (_, images, gt_boxes) in enumerate(_endless(train_loader, max_iters), start=1):
-        if num_classes is not None:
-            check_training_batch(images, gt_boxes, num_classes)
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        gt_boxes = gt_boxes.to(device, non_blocking=True)
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(_Record(history, max_iters, run))
+        if run is not None:
+            stack.enter_context(run.catching_signals())
+        batches = _endless(train_loader, max_iters - done)
+        for iteration, (paths, images, gt_boxes) in enumerate(batches, start=done + 1):
+            if num_classes is not None:
+                check_training_batch(images, gt_boxes, num_classes)
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            gt_boxes = gt_boxes.to(device, non_blocking=True)
 
-        with precision:
-            losses = detector(images, gt_boxes)
-        loss = sum(losses.values())
-        solver.zero_grad(set_to_none=True)
-        loss.backward()
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
-        history["iteration"].append(iteration)
-        history["lr"].append(solver.param_groups[0]["lr"])
-        solver.step()
-        scheduler.step()
+            with autocast:
+                losses = network(images, gt_boxes)
+            loss = sum(losses.values())
+            solver.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if max_grad_norm is not None:
+                scaler.unscale_(solver)
+                nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
+            record.step(iteration, solver.param_groups[0]["lr"], {"loss": loss, **losses}, paths)
+            scaler.step(solver)
+            scaler.update()
+            scheduler.step()
+            if average is not None:
+                average.update_parameters(detector)
 
-        pending.append({"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}})
-        progress.update()
-        if iteration % log_period == 0 or iteration == max_iters:
-            means = _append_losses(history, pending)
-            pending = []
-            parts = "".join(f"[{name}: {value:.3f}]" for name, value in means.items())
-            progress.write(f"[Iter {iteration}]{parts}")
-            progress.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{history['lr'][-1]:.1e}")
-    progress.close()
+            last = iteration == max_iters
+            if last or iteration % log_period == 0:
+                record.log()
+            if run is not None and run.is_due(iteration, last):
+                broadcast_buffers(best_model)
+                run.save(iteration, best_model, state, record.flush(), last)
+                record.restart_clock()
 
-    if plot_path is not None or in_notebook_or_window():
+    if average is not None:
+        detector.load_state_dict(best_model.state_dict())
+    if run is None and (plot_path is not None or in_notebook_or_window()):
         plot_losses(history, plot_path)
     return history
 
 
-def _make_optimizer(
-    detector: nn.Module, name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    parameters = [p for p in detector.parameters() if p.requires_grad]
-    # One fused kernel for all parameters; the arithmetic is that of the plain loop.
-    common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
-    if name == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **common)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, **common)
-    raise ValueError(f'optimizer={name!r}; expected "sgd" or "adamw".')
-
-
-def _learning_rate_factor(
-    schedule: str, warmup_iters: int, max_iters: int
-) -> Callable[[int], float]:
-    """What the learning rate is multiplied with, as a function of the steps done so far."""
-    if schedule == "step":
-        milestones = (int(0.6 * max_iters), int(0.9 * max_iters))
-
-        def decay(step: int) -> float:
-            return 0.1 ** sum(step >= milestone for milestone in milestones)
-    elif schedule == "cosine":
-
-        def decay(step: int) -> float:
-            return 0.5 * (1 + math.cos(math.pi * step / max_iters))
-    else:
-        raise ValueError(f'schedule={schedule!r}; expected "step" or "cosine".')
-    return lambda step: decay(step) * min(1.0, (step + 1) / (warmup_iters + 1))
-
-
-def _autocast(device: torch.device, amp: str) -> torch.autocast:
-    if amp not in ("auto", "off"):
-        raise ValueError(f'amp={amp!r}; expected "auto" or "off".')
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Older versions of PyTorch can't tell; there, float32 is never wrong.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native and amp == "auto")
+def _training_network(detector: nn.Module, device: torch.device, compile: bool) -> nn.Module:
+    """What is called in training: the detector, compiled and spread over processes if wanted."""
+    if hasattr(detector, "compile_network"):
+        detector.compile_network(compile)
+    elif compile:
+        detector.compile()
+    if num_processes() == 1:
+        return detector
+    return DistributedDataParallel(detector, [device] if device.type == "cuda" else None)
 
 
 def _endless(loader: DataLoader, max_iters: int) -> Iterator:
@@ -327,33 +386,119 @@ def _endless(loader: DataLoader, max_iters: int) -> Iterator:
             )
 
 
-def _append_losses(
-    history: dict[str, list[float]], pending: list[dict[str, Tensor]]
-) -> dict[str, float]:
-    """Move the losses of the last iterations from the device to the history; their means."""
-    means = {}
-    for name in pending[0]:
-        values = torch.stack([losses[name] for losses in pending]).tolist()
-        history.setdefault(name, []).extend(values)
-        means[name] = sum(values) / len(values)
-    first_bad = next(
-        (i for i, loss in enumerate(history["loss"]) if not abs(loss) < float("inf")), None
-    )
-    if first_bad is not None:
-        parts = {name: history[name][first_bad] for name in pending[0]}
-        raise FloatingPointError(
-            f"the loss became {parts['loss']} at iteration {first_bad + 1} (parts: {parts}). "
-            "Lower the learning rate, or look at the data of that iteration."
+class _Step(NamedTuple):
+    """What the history has to know of an iteration."""
+
+    iteration: int
+    lr: float
+    losses: dict[str, Tensor]
+    paths: Sequence[str]
+
+
+class _Record:
+    """What a training tells: the history, the lines of the log, the progress bar."""
+
+    def __init__(
+        self, history: dict[str, list[float]], max_iters: int, run: TrainingRun | None
+    ) -> None:
+        self.history, self.max_iters, self.run = history, max_iters, run
+        self.pending: list[_Step] = []  # losses still on the device
+        self.logged = len(history.get("iteration", ()))
+        self.bar = tqdm(
+            total=max_iters,
+            initial=self.logged,
+            desc="training",
+            unit="it",
+            disable=not _somebody_watches(),
         )
-    return means
+        self.restart_clock()
+
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.bar.close()
+
+    def restart_clock(self) -> None:
+        """Speed is measured from here on."""
+        self.images, self.iterations, self.since = 0, 0, time.perf_counter()
+
+    def step(
+        self, iteration: int, lr: float, losses: Mapping[str, Tensor], paths: Sequence[str]
+    ) -> None:
+        """Note an iteration, without waiting for the device."""
+        values = {name: loss.detach() for name, loss in losses.items()}
+        self.pending.append(_Step(iteration, lr, values, paths))
+        self.images += len(paths) * num_processes()
+        self.iterations += 1
+        self.bar.update()
+
+    def flush(self) -> dict[str, list[float]]:
+        """Move what is pending from the device to the history; all losses must be finite."""
+        if not self.pending:
+            return self.history
+        names = list(self.pending[0].losses)
+        values = torch.stack([torch.stack(list(s.losses.values())) for s in self.pending])
+        rows = mean_over_processes(values).tolist()
+        for step, row in zip(self.pending, rows, strict=True):
+            parts = dict(zip(names, row, strict=True))
+            if not all(map(math.isfinite, row)):
+                paths = [path for paths in gather(step.paths) for path in paths]
+                raise FloatingPointError(
+                    f"the loss became {parts['loss']} at iteration {step.iteration} (parts: "
+                    f"{parts}). The batch: {', '.join(paths)}. "
+                    + (f"{self.run.last_good()} " if self.run is not None else "")
+                    + "Look at these files, lower the learning rate, or clip the gradients."
+                )
+            for name, value in {"iteration": step.iteration, "lr": step.lr, **parts}.items():
+                self.history.setdefault(name, []).append(value)
+        self.pending.clear()
+        return self.history
+
+    def log(self) -> None:
+        """A line with the means since the last one."""
+        history = self.flush()
+        if self.run is not None:
+            self.run.write_history(history)
+        iteration, lr = history["iteration"][-1], history["lr"][-1]
+        count = iteration - self.logged
+        means = {
+            name: sum(values[-count:]) / count
+            for name, values in history.items()
+            if name not in ("iteration", "lr")
+        }
+        seconds = time.perf_counter() - self.since
+        speed = self.images / seconds
+        left = round((self.max_iters - iteration) * seconds / self.iterations)
+        self.logged = iteration
+        self.restart_clock()
+        if is_main_process():
+            parts = "".join(f"[{name}: {value:.3f}]" for name, value in means.items())
+            self.bar.write(
+                f"[Iter {iteration}]{parts} lr {lr:.1e}, {speed:.1f} images/s, "
+                f"{datetime.timedelta(seconds=left)} left"
+            )
+            self.bar.set_postfix(
+                loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.1f}"
+            )
 
 
-def plot_losses(history: Mapping[str, Sequence[float]], path: str | os.PathLike | None = None):
+def _somebody_watches() -> bool:
+    """In a file, a bar that is redrawn would make a mess."""
+    return is_main_process() and (in_notebook_or_window() or sys.stderr.isatty())
+
+
+def plot_losses(
+    history: Mapping[str, Sequence[float]],
+    path: str | os.PathLike | None = None,
+    evaluations: Sequence[Mapping[str, float]] = (),
+):
     """Plot the loss of a training and its parts, smoothed, over the iterations.
 
     Args:
         history: as returned by ``train_detector``.
         path: save the plot here; shown in a notebook or a window unless given.
+        evaluations: ``{"iteration", "mAP"}`` each, drawn on an axis of their own.
 
     Returns:
         The matplotlib axes.
@@ -381,7 +526,14 @@ def plot_losses(history: Mapping[str, Sequence[float]], path: str | os.PathLike 
     ax.set(title="training loss", xlabel="iteration", ylabel="loss")
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
-    ax.legend()
+    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    if evaluations:
+        twin = ax.twinx()
+        steps = [entry["iteration"] for entry in evaluations]
+        percent = [100 * entry["mAP"] for entry in evaluations]
+        lines += twin.plot(steps, percent, "ko-", markersize=4, label="validation mAP")
+        twin.set(ylabel="mAP@0.5 in %", ylim=(0, None))
+    ax.legend(handles=lines)
     if path is not None:
         with replacing(path) as unfinished:
             figure.savefig(unfinished, bbox_inches="tight")
@@ -461,7 +613,10 @@ def iterate_detections(
     was_training = detector.training
     detector.to(dtype=dtype, device=device).eval()
     try:
-        for paths, images, gt_boxes in tqdm(test_loader, desc="inference", unit="image"):
+        hidden = not _somebody_watches()
+        for paths, images, gt_boxes in tqdm(
+            test_loader, desc="inference", unit="image", disable=hidden
+        ):
             if len(images) != 1:
                 raise ValueError(
                     f"the loader gives {len(images)} images a batch; evaluation needs "

@@ -1,10 +1,12 @@
 """The command line: train, evaluate and score one-stage detectors.
 
     fcos train                          generate the embedded data set, train, evaluate
-    fcos train --data DIR               the same on a folder in VOC layout
+    fcos train --data DIR               the same on a folder in VOC layout, or with COCO's JSON
+    fcos train --resume                 go on with a training that was stopped
+    torchrun --nproc-per-node N -m fcos train ...    with several GPUs
     fcos eval CHECKPOINT --data DIR     mAP of a trained detector
     fcos score DIR                      mAP of a folder of text files
-    fcos data shapes|voc2007 DIR        make or download a data set
+    fcos data shapes|voc2007|check DIR  make, download or check a data set
 
 ``fcos COMMAND --help`` lists the options. This is the only file that knows all the others; it
 imports what is heavy when a command needs it, so that ``--help`` answers at once.
@@ -13,55 +15,32 @@ imports what is heavy when a command needs it, so that ``--help`` answers at onc
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eecs598.settings import RECIPES, Settings, parse_setting
+
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+    from torch import nn
 
     from a4_helper import VOC2007DetectionTiny
     from one_stage_detector import FCOS
-
-# What `fcos train` does on photographs: the assignment's model and schedule.
-ASSIGNMENT_DEFAULTS: dict[str, Any] = {
-    "iters": 9000,
-    "batch_size": 16,
-    "lr": 8e-3,
-    "optimizer": "sgd",
-    "schedule": "step",
-    "warmup_iters": 0,
-    "max_grad_norm": None,
-    "amp": "off",
-    "image_size": 224,
-    "fpn_channels": 128,
-    "stem": [128, 128],
-    "weights": "default",
-}
-
-# And on the generated set, where a small model learns from random weights in minutes.
-SHAPES_DEFAULTS: dict[str, Any] = {
-    "iters": 850,
-    "batch_size": 16,
-    "lr": 2e-3,
-    "optimizer": "adamw",
-    "schedule": "cosine",
-    "warmup_iters": 100,
-    "max_grad_norm": 5.0,
-    "amp": "auto",
-    "image_size": 128,
-    "fpn_channels": 64,
-    "stem": [64, 64],
-    "weights": "none",
-}
 
 # Average precision is the area under the whole curve, so evaluation keeps detections with low
 # scores, too. The assignment's own evaluation uses 0.4.
 EVAL_SCORE_THRESH = 0.05
 EVAL_NMS_THRESH = 0.6
+
+# What else `fcos train` keeps to when it goes on, but may change.
+RUN_OPTIONS = {"checkpoint_every": 500, "keep_every": 0, "eval_every": 1500, "tensorboard": False}
 
 # Pictures are for people: only what the detector is confident of.
 SHEET_SCORE_THRESH = 0.4
@@ -69,17 +48,23 @@ SHEET_IMAGES = 12
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for wrong input, 130 when interrupted."""
+    """Run a command.
+
+    The exit status is 0, 1 for data with errors, 2 for wrong input, and 128 plus the number of a
+    signal that ended it.
+    """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"fcos: error: {error}", file=sys.stderr)
+        # An error in a process that loads data brings its traceback along as text.
+        text = str(error)
+        text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
+        print(f"fcos: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fcos: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 # --------------------------------------------------------------------------------------------
@@ -96,46 +81,60 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a detector and evaluate it",
-        description="Train a detector and evaluate it. Without --data, on the generated set. "
-        "Leaves checkpoint.pt, history.json, loss.png, metrics.json, ap.png and detections.png.",
+        description="Train a detector and evaluate it. Without --data, on the generated set. The "
+        "folder of the run gets run.json, checkpoint.pt, best.pt, history.jsonl and history.json, "
+        "loss.png, metrics.json, ap.png and detections.png.",
     )
     train.set_defaults(run=_train)
     train.add_argument(
-        "--data", metavar="DIR", help="folder in VOC layout; class names come from the data"
+        "--data",
+        metavar="DIR",
+        help="folder in VOC layout, or with COCO's JSON; class names come from the data",
     )
     train.add_argument("--out", metavar="DIR", help="new folder for results (runs/NAME)")
-    train.add_argument("--iters", type=_positive_int, metavar="N", help="optimizer steps")
-    train.add_argument("--batch-size", type=_positive_int, metavar="N", help="images a step")
-    train.add_argument("--lr", type=_positive_float, metavar="X", help="learning rate")
-    train.add_argument("--optimizer", choices=("sgd", "adamw"))
     train.add_argument(
-        "--amp", choices=("auto", "off"), help="bfloat16 where the processor has it, or float32"
+        "--resume",
+        action="store_true",
+        help="go on with the training in --out, or with the latest one in runs/",
     )
     train.add_argument(
-        "--image-size", type=_positive_int, metavar="N", help="shorter side in pixels"
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="settings to start from: the assignment's, better ones, those for the generated set "
+        "(handout with --data, otherwise shapes)",
     )
+    for option, text in (
+        ("checkpoint-every", "iterations between two checkpoints (500)"),
+        ("keep-every", "keep the checkpoint of every N-th iteration (of none)"),
+        ("eval-every", "iterations between two evaluations on val (1500)"),
+    ):
+        train.add_argument(
+            f"--{option}", type=_natural, default=argparse.SUPPRESS, metavar="N", help=text
+        )
     train.add_argument(
-        "--backbone",
-        metavar="NAME",
-        default="regnet_x_400mf",
-        help="torchvision classification network, or timm:NAME (regnet_x_400mf)",
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="write the curves for TensorBoard, too",
     )
-    train.add_argument(
-        "--weights",
-        metavar="default|none|FILE",
-        help="of the backbone: ImageNet weights, random ones, or a state dict",
-    )
-    train.add_argument("--fpn-channels", type=_positive_int, metavar="N", help="FPN width")
-    train.add_argument(
-        "--stem", type=_int_list, metavar="N,N", help="channels of the head's convolutions"
-    )
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="of everything (0)")
     _add_machine_options(train)
+    _add_settings(train)
 
     evaluate = commands.add_parser("eval", help="mAP of a trained detector")
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
-    evaluate.add_argument("--data", metavar="DIR", required=True, help="folder in VOC layout")
+    evaluate.add_argument(
+        "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
+    )
+    evaluate.add_argument(
+        "--image-size", type=_positive_int, metavar="N", help="another one than in training"
+    )
+    evaluate.add_argument(
+        "--backbone",
+        default=RECIPES["handout"].backbone,
+        metavar="NAME",
+        help="where CHECKPOINT is a plain state dict, which doesn't tell (regnet_x_400mf)",
+    )
     evaluate.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
     evaluate.add_argument(
         "--score-thresh",
@@ -167,8 +166,12 @@ def _parser() -> argparse.ArgumentParser:
         "--figure", metavar="FILE", help="where to draw the AP of every class (DIR/ap.png)"
     )
 
-    data = commands.add_parser("data", help="make or download a data set")
-    kinds = data.add_subparsers(title="data sets", required=True, metavar="KIND")
+    data = commands.add_parser("data", help="make, download or check a data set")
+    kinds = data.add_subparsers(title="what to do", required=True, metavar="WHAT")
+    check = kinds.add_parser("check", help="find what is wrong with a data set before training")
+    check.set_defaults(run=_data_check)
+    check.add_argument("folder", metavar="DIR", help="in VOC layout, or with COCO's JSON")
+    check.add_argument("--json", metavar="FILE", help="write the report as JSON")
     shapes = kinds.add_parser("shapes", help="draw the generated set")
     shapes.set_defaults(run=_data_shapes)
     shapes.add_argument("folder", metavar="DIR")
@@ -179,6 +182,36 @@ def _parser() -> argparse.ArgumentParser:
     voc2007.set_defaults(run=_data_voc2007)
     voc2007.add_argument("folder", metavar="DIR")
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting; only those that are given end up among the arguments."""
+    group = parser.add_argument_group("settings", "in place of those of the recipe")
+    for field in dataclasses.fields(Settings):
+        option = "--" + field.name.replace("_", "-")
+        common = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        if field.type == "bool":
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+            continue
+        choices = field.metadata["choices"]
+        if choices:
+            mark = "," if field.type.startswith("tuple") else "|"
+            common["metavar"] = mark.join(choices)
+        else:
+            common["metavar"] = (
+                "N" if "int" in field.type else "X" if "float" in field.type else "S"
+            )
+        group.add_argument(option, type=_setting_parser(field.name), **common)
+
+
+def _setting_parser(name: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return parse_setting(name, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
@@ -196,16 +229,8 @@ def _natural(text: str) -> int:
     return _checked(int, text, lambda value: value >= 0, "a whole number of at least 0")
 
 
-def _positive_float(text: str) -> float:
-    return _checked(float, text, lambda value: 0 < value < float("inf"), "a positive number")
-
-
 def _fraction(text: str) -> float:
     return _checked(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _int_list(text: str) -> list[int]:
-    return [_positive_int(part) for part in text.split(",")] if text else []
 
 
 def _checked(kind, text: str, accepts, expected: str):
@@ -223,88 +248,209 @@ def _checked(kind, text: str, accepts, expected: str):
 # --------------------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
+    from eecs598.distributed import is_main_process, process_group
+    from eecs598.training_run import TrainingStopped
+
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(process_group(_device(args.device)))
+        if not is_main_process():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        try:
+            _train_and_evaluate(args, device)
+        except TrainingStopped as stopped:
+            print(f"fcos: {stopped}", file=sys.stderr)
+            return 128 + stopped.signal_number
+    return 0
+
+
+def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     import torch
 
-    from a4_helper import train_detector
+    from a4_helper import AugmentedTrainingSet, plot_losses, train_detector
     from eecs598 import reset_seed
-    from eecs598.checkpoint import save_checkpoint
-    from eecs598.files import write_json
-    from eecs598.voc import class_names
+    from eecs598.distributed import gather, is_main_process, num_processes, rank
+    from eecs598.files import claimed, write_json
+    from eecs598.sampling import TrainingSampler
+    from eecs598.training_run import TrainingRun, ignore_signals
 
-    data = args.data if args.data is not None else _embedded_shapes()
-    defaults = ASSIGNMENT_DEFAULTS if args.data is not None else SHAPES_DEFAULTS
-    given = vars(args)
-    chosen = {key: given[key] for key in defaults if given.get(key) is not None}
-    settings = {**defaults, **chosen, "backbone": args.backbone, "seed": args.seed}
-    device = _device(args.device)
-
-    classes = class_names(data)
-    train_set = _dataset(data, "train", settings["image_size"], classes)
-    val_set = _dataset(data, "val", settings["image_size"], classes)
+    description = _resumed(args) if args.resume else _new_run(args)
+    out, data, classes = Path(description["out"]), description["data"], description["classes"]
+    settings = Settings.from_dict(description["settings"])
+    if settings.batch_size % num_processes():
+        raise ValueError(
+            f"--batch-size {settings.batch_size} can't be shared evenly by {num_processes()} "
+            "processes; choose a multiple."
+        )
+    train_set = _dataset(data, "train", settings.image_size, classes)
+    val_set = _dataset(data, "val", settings.image_size, classes)
+    contents = {dataset.split: _contents(dataset) for dataset in (train_set, val_set)}
+    if description.setdefault("contents", contents) != contents:
+        raise ValueError(
+            f"{data} has changed since the training in {out} began: it had "
+            f"{description['contents']} and has {contents}. Bring back the old data, or start "
+            "another training."
+        )
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {classes}")
-    name = f"{Path(data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = _make_empty(Path(args.out if args.out is not None else f"runs/{name}"), "--out")
+    print(settings)
 
-    reset_seed(args.seed)
-    detector = _build_detector(settings, len(classes), settings["weights"])
-    train_loader = torch.utils.data.DataLoader(
-        train_set,
-        batch_size=settings["batch_size"],
-        shuffle=True,
-        # A last batch of one or two images would disturb the batch-norm statistics.
-        drop_last=len(train_set) >= settings["batch_size"],
-        num_workers=_workers(args.workers),
-        persistent_workers=_workers(args.workers) > 0,
-        pin_memory=device == "cuda",
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    history = train_detector(
-        detector,
-        train_loader,
-        learning_rate=settings["lr"],
-        max_iters=settings["iters"],
-        log_period=max(1, min(100, settings["iters"] // 10)),
-        device=device,
-        plot_path=out / "loss.png",
-        **{
-            key: settings[key]
-            for key in ("optimizer", "schedule", "warmup_iters", "max_grad_norm", "amp")
-        },
-    )
+    reset_seed(settings.seed)
     checkpoint = out / "checkpoint.pt"
-    save_checkpoint(
-        checkpoint, detector.state_dict(), settings, classes, iteration=settings["iters"]
-    )
-    write_json(out / "history.json", history)
+    resume = gather(args.resume and checkpoint.is_file())[0]
+    # The checkpoint holds the backbone's weights, too.
+    detector = _build_detector(settings, len(classes), "none" if resume else settings.weights)
 
-    loader = _test_loader(val_set, args.workers, device)
-    result = _evaluate(detector, loader, EVAL_SCORE_THRESH, EVAL_NMS_THRESH, device)
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        return _evaluate(model, val_set, args.workers, device)
+
+    run = TrainingRun(
+        out,
+        settings.to_dict(),
+        classes,
+        evaluate=evaluate,
+        plot=lambda history, evaluations: plot_losses(history, out / "loss.png", evaluations),
+        resume=resume,
+        **description["options"],
+    )
+    sampler = TrainingSampler(
+        len(train_set),
+        settings.batch_size // num_processes(),
+        settings.iters,
+        start=run.iteration,
+        seed=settings.seed,
+        sides=settings.image_sizes,
+        rank=rank(),
+        num_processes=num_processes(),
+    )
+    train_loader = torch.utils.data.DataLoader(
+        AugmentedTrainingSet(train_set, settings.augment),
+        batch_sampler=sampler,
+        num_workers=_workers(args.workers),
+        worker_init_fn=ignore_signals,
+        pin_memory=device != "cpu",
+        generator=torch.Generator(),  # or the loader would draw from the one of the training
+    )
+    with claimed(out) if is_main_process() else contextlib.nullcontext():
+        if is_main_process():
+            write_json(out / "run.json", description)
+        history = train_detector(
+            detector,
+            train_loader,
+            learning_rate=settings.lr,
+            max_iters=settings.iters,
+            log_period=max(1, min(100, settings.iters // 10)),
+            device=device,
+            run=run,
+            **{
+                name: getattr(settings, name)
+                for name in (
+                    "optimizer",
+                    "weight_decay",
+                    "schedule",
+                    "warmup_iters",
+                    "max_grad_norm",
+                    "pretrained_lr_factor",
+                    "average_decay",
+                    "amp",
+                    "compile",
+                )
+            },
+        )
+    # The last step was evaluated, unless there was none left to do.
+    result = run.result or evaluate(detector)
+    if not is_main_process():
+        return
+    write_json(out / "history.json", history)
     result.update(checkpoint=str(checkpoint), split="val")
     _report(result, json_path=out / "metrics.json", figure_path=out / "ap.png")
     _draw_sheet(detector, val_set, out / "detections.png", device)
     print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
-def _eval(args: argparse.Namespace) -> None:
-    from eecs598.checkpoint import load_checkpoint
+def _new_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of a training before it starts; its folder is made."""
+    from eecs598.datasets import class_names
+    from eecs598.distributed import gather, is_main_process
+    from eecs598.training_run import describe_environment
 
-    checkpoint = load_checkpoint(args.checkpoint)
-    settings, classes = checkpoint["settings"], checkpoint["classes"]
-    device = _device(args.device)
-    dataset = _dataset(args.data, args.split, settings["image_size"], classes)
-    detector = _build_detector(settings, len(classes), "none")
+    recipe = args.recipe or ("shapes" if args.data is None else "handout")
+    settings = dataclasses.replace(RECIPES[recipe], **_given_settings(args))
+    description = {"recipe": recipe, "settings": settings.to_dict()}
+    description["options"] = {**RUN_OPTIONS, **_given(args, RUN_OPTIONS)}
+    if is_main_process():
+        data = os.path.abspath(args.data if args.data is not None else _embedded_shapes())
+        description |= {"data": data, "classes": class_names(data)}
+        name = args.out or f"runs/{Path(data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        description["out"] = str(_make_empty(Path(name), "--out"))
+        description["environment"] = [describe_environment()]
+    # The other processes wait until the data is drawn, and agree on the name.
+    return gather(description)[0]
+
+
+def _resumed(args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of a training that was stopped."""
+    from eecs598.training_run import describe_environment
+
+    if args.out is not None:
+        out = Path(args.out)
+    else:
+        runs = [path.parent for path in Path("runs").glob("*/run.json")]
+        unfinished = [run for run in runs if not (run / "metrics.json").exists()]
+        if not unfinished:
+            raise ValueError("no unfinished training in runs/; name its folder with --out.")
+        out = max(unfinished, key=lambda run: (run / "run.json").stat().st_mtime)
     try:
-        detector.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{args.checkpoint} holds the weights of another model than its settings say: {error}"
-        ) from error
+        description = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out} is no folder that a training could go on in: {error}.") from error
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in _given_settings(args).items()
+    }
+    if args.recipe is not None:
+        given["recipe"] = args.recipe
+    kept = {"recipe": description["recipe"], **RECIPES["handout"].to_dict()}
+    kept |= description["settings"]
+    for name, value in given.items():
+        if value != kept[name]:
+            raise ValueError(
+                f"{out} was started with {name} {kept[name]}, and now {value} was given. A "
+                "training goes on with the settings that it began with; leave the option out, or "
+                "start another training."
+            )
+    if args.data is not None:  # the same data may lie elsewhere now
+        description["data"] = os.path.abspath(args.data)
+    description["options"] |= _given(args, RUN_OPTIONS)
+    print(f"going on with {out}")
+    description["out"] = str(out)  # it may have moved
+    description["environment"].append(describe_environment())
+    return description
+
+
+def _given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return _given(args, [field.name for field in dataclasses.fields(Settings)])
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those arguments that were given, of options that have no default of their own."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _eval(args: argparse.Namespace) -> None:
+    detector, settings, classes = _load_detector(args)
+    device = _device(args.device)
+    dataset = _dataset(args.data, args.split, settings.image_size, classes)
     if args.export is not None:
         _make_empty(Path(args.export), "--export")
-    loader = _test_loader(dataset, args.workers, device)
     result = _evaluate(
-        detector, loader, args.score_thresh, args.nms_thresh, device, export=args.export
+        detector,
+        dataset,
+        args.workers,
+        device,
+        score_thresh=args.score_thresh,
+        nms_thresh=args.nms_thresh,
+        export=args.export,
     )
     result.update(checkpoint=str(args.checkpoint), split=args.split)
     _report(result, json_path=args.json)
@@ -315,6 +461,17 @@ def _score(args: argparse.Namespace) -> None:
 
     figure = args.figure if args.figure is not None else Path(args.folder) / "ap.png"
     _report(score_folder(args.folder), json_path=args.json, figure_path=figure)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from eecs598.data_check import check_data, format_report
+    from eecs598.files import write_json
+
+    report = check_data(args.folder)
+    print(format_report(report))
+    if args.json is not None:
+        write_json(args.json, report.to_dict())
+    return 1 if report.has_errors else 0
 
 
 def _data_shapes(args: argparse.Namespace) -> None:
@@ -374,15 +531,75 @@ def _dataset(
     return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes)
 
 
-def _test_loader(dataset: VOC2007DetectionTiny, workers: int | None, device: str) -> DataLoader:
-    from torch.utils.data import DataLoader
+def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:
+    """How many images a split has, and how many objects of each class."""
+    labels = [int(label) for _, boxes in dataset.instances for label in boxes[:, 4]]
+    objects = {name: labels.count(i) for name, i in dataset.class_to_idx.items()}
+    return {"images": len(dataset), "objects": objects}
 
-    return DataLoader(
-        dataset, batch_size=1, num_workers=_workers(workers), pin_memory=device == "cuda"
+
+def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:
+    """The detector of a checkpoint, or of a plain state dict; its settings and classes."""
+    from eecs598.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(args.checkpoint)
+    state, classes = checkpoint["model"], checkpoint["classes"]
+    if checkpoint["settings"] is None:
+        settings = _settings_of(state, args)
+        classes = _classes_of(state, args)
+    else:
+        settings = Settings.from_dict(checkpoint["settings"])
+    if args.image_size is not None:
+        settings = dataclasses.replace(settings, image_size=args.image_size)
+    detector = _build_detector(settings, len(classes), "none")
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{args.checkpoint} holds the weights of another model than its settings say: {error}"
+        ) from error
+    return detector, settings, classes
+
+
+def _settings_of(state: dict[str, Any], args: argparse.Namespace) -> Settings:
+    """The settings that the shapes in a plain state dict tell; the backbone is the user's word."""
+
+    def weights(prefix: str) -> list[Any]:
+        return [value for name, value in state.items() if name.startswith(prefix)]
+
+    stem = weights("pred_net.stem_cls.")
+    fpn = weights("backbone.fpn_params.")
+    if not fpn:
+        raise ValueError(f"{args.checkpoint} is a state dict, but not one of FCOS.")
+    convolutions = [value for value in stem if value.dim() == 4]
+    return Settings(
+        backbone=args.backbone,
+        fpn_channels=len(fpn[0]),
+        stem=tuple(len(value) for value in convolutions),
+        # A convolution has a weight and a bias, and so has a group norm.
+        head_norm="group" if len(stem) > 2 * len(convolutions) else "none",
+        level_scales=bool(weights("pred_net.scales.")),
     )
 
 
-def _build_detector(settings: dict[str, Any], num_classes: int, weights: str) -> FCOS:
+def _classes_of(state: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """The class names of a plain state dict: those of the data, or VOC's where they fit."""
+    from eecs598.datasets import class_names
+    from eecs598.voc import VOC2007_CLASSES
+
+    names, count = class_names(args.data), len(state["pred_net.pred_cls.bias"])
+    if count == len(VOC2007_CLASSES) and set(names) <= set(VOC2007_CLASSES):
+        return list(VOC2007_CLASSES)
+    if count != len(names):
+        raise ValueError(
+            f"{args.checkpoint} knows {count} classes and {args.data} has {len(names)}: {names}. A "
+            "plain state dict has no class names; evaluate it on data with the classes that it was "
+            "trained on."
+        )
+    return names
+
+
+def _build_detector(settings: Settings, num_classes: int, weights: str) -> FCOS:
     """Build FCOS; unlike in a notebook, a start without the wanted weights is an error."""
     from common import PretrainedWeightsWarning
     from one_stage_detector import FCOS
@@ -393,10 +610,20 @@ def _build_detector(settings: dict[str, Any], num_classes: int, weights: str) ->
         try:
             return FCOS(
                 num_classes,
-                settings["fpn_channels"],
-                settings["stem"],
-                backbone=settings["backbone"],
+                settings.fpn_channels,
+                settings.stem,
                 weights=names.get(weights, weights),
+                **{
+                    name: getattr(settings, name)
+                    for name in (
+                        "backbone",
+                        "box_loss",
+                        "center_radius",
+                        "head_norm",
+                        "level_scales",
+                        "frozen_batch_norm",
+                    )
+                },
             )
         except PretrainedWeightsWarning as warning:
             raise ValueError(
@@ -406,30 +633,44 @@ def _build_detector(settings: dict[str, Any], num_classes: int, weights: str) ->
 
 
 def _evaluate(
-    detector: FCOS,
-    loader: DataLoader,
-    score_thresh: float,
-    nms_thresh: float,
+    detector: nn.Module,
+    dataset: VOC2007DetectionTiny,
+    workers: int | None,
     device: str,
+    *,
+    score_thresh: float = EVAL_SCORE_THRESH,
+    nms_thresh: float = EVAL_NMS_THRESH,
     export: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of a detector; with ``export``, also the text files that `fcos score` reads."""
-    from a4_helper import iterate_detections
-    from eecs598.metrics import average_precision, write_text_format
+    from torch.utils.data import DataLoader, Subset
 
-    classes = list(loader.dataset.class_to_idx)
-    predictions, targets = [], []
-    for path, _, prediction, target in iterate_detections(
-        detector, loader, score_thresh, nms_thresh, device=device
+    from a4_helper import iterate_detections
+    from eecs598.distributed import gather, num_processes, rank
+    from eecs598.metrics import average_precision, write_text_format
+    from eecs598.training_run import ignore_signals
+
+    classes = list(dataset.class_to_idx)
+    own_share = range(rank(), len(dataset), num_processes())
+    loader = DataLoader(
+        Subset(dataset, own_share),
+        num_workers=_workers(workers),
+        worker_init_fn=ignore_signals,
+        pin_memory=device != "cpu",
+    )
+    found = []
+    for number, (path, _, prediction, target) in zip(
+        own_share,
+        iterate_detections(detector, loader, score_thresh, nms_thresh, device=device),
+        strict=True,
     ):
-        predictions.append(prediction)
-        targets.append(target)
+        found.append((number, prediction, target))
         if export is not None:
             write_text_format(export, Path(path).stem, prediction, target, classes)
+    found = sorted(sum(gather(found), []), key=lambda entry: entry[0])
+    _, predictions, targets = zip(*found, strict=True)
     result = average_precision(predictions, targets, classes)
-    result.update(
-        score_thresh=score_thresh, nms_thresh=nms_thresh, image_size=loader.dataset.image_size
-    )
+    result.update(score_thresh=score_thresh, nms_thresh=nms_thresh, image_size=dataset.image_size)
     return result
 
 

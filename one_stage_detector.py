@@ -6,7 +6,9 @@ a box and a centerness, the targets and losses to train it, and the post-process
 
 It differs from the paper where the assignment does: three levels (p3 to p5), centerness beside
 the box regression, distances regressed directly in units of the stride with an L1 loss, and
-losses normalised by a moving average of the number of foreground locations.
+losses normalised by a moving average of the number of foreground locations. What the paper and
+its successors do instead (GIoU loss, group norm, a scale per level, centre sampling) are
+keyword-only arguments of ``FCOS``.
 
 Symbols: B images, N locations (of one level, or of all levels joined), M boxes, C classes, K
 detections. Locations are x-major, see ``common.get_fpn_location_coords``. Boxes are XYXY in
@@ -17,12 +19,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import clip_boxes_to_image, sigmoid_focal_loss
+from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
 
 from common import (
     DetectorBackboneWithFPN,
@@ -33,6 +35,7 @@ from common import (
     class_spec_nms,
     get_fpn_location_coords,
 )
+from eecs598.distributed import mean_over_processes
 
 __all__ = [
     "FCOS",
@@ -47,6 +50,11 @@ __all__ = [
 # Where the caller of evaluation gives no thresholds: those of the assignment's own evaluation.
 DEFAULT_SCORE_THRESH = 0.4
 DEFAULT_NMS_THRESH = 0.6
+
+# Centerness is about 0.4 on average, and it weighs the GIoU loss.
+GIOU_WEIGHT = 2.0
+
+GROUP_NORM_GROUPS = 32
 
 
 def hello_one_stage_detector() -> None:
@@ -69,17 +77,34 @@ class FCOSPredictionNetwork(nn.Module):
         num_classes: C.
         in_channels: channels of the pyramid levels.
         stem_channels: output channels of each stem convolution; an empty list gives no stem.
+        norm: ``"none"``, or ``"group"`` for group norm (arXiv 1803.08494) after each stem
+            convolution, as in the paper.
+        scaled_levels: names of the levels whose deltas are multiplied with a learned scale of
+            their own (paper, section 3.2, the ``s_i`` of the exponential).
     """
 
-    def __init__(self, num_classes: int, in_channels: int, stem_channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        stem_channels: Sequence[int],
+        *,
+        norm: str = "none",
+        scaled_levels: Iterable[str] = (),
+    ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}; expected at least 1.")
+        if norm not in ("none", "group"):
+            raise ValueError(f'norm={norm!r}; expected "none" or "group".')
 
         def stem() -> nn.Sequential:
             layers: list[nn.Module] = []
             for i, o in zip((in_channels, *stem_channels), stem_channels, strict=False):
-                layers += [nn.Conv2d(i, o, kernel_size=3, padding=1), nn.ReLU()]
+                layers.append(nn.Conv2d(i, o, kernel_size=3, padding=1))
+                if norm == "group":
+                    layers.append(nn.GroupNorm(math.gcd(GROUP_NORM_GROUPS, o), o))
+                layers.append(nn.ReLU())
             return nn.Sequential(*layers)
 
         channels = stem_channels[-1] if stem_channels else in_channels
@@ -88,6 +113,7 @@ class FCOSPredictionNetwork(nn.Module):
         self.pred_cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.pred_box = nn.Conv2d(channels, 4, kernel_size=3, padding=1)
         self.pred_ctr = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
+        self.scales = nn.ParameterDict({level: torch.tensor(1.0) for level in scaled_levels})
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -112,6 +138,8 @@ class FCOSPredictionNetwork(nn.Module):
             class_feats, box_feats = self.stem_cls(feats), self.stem_box(feats)
             class_logits[level] = _flatten_x_major(self.pred_cls(class_feats))
             deltas[level] = _flatten_x_major(self.pred_box(box_feats))
+            if level in self.scales:
+                deltas[level] = deltas[level] * self.scales[level]
             centerness_logits[level] = _flatten_x_major(self.pred_ctr(box_feats))
         return [class_logits, deltas, centerness_logits]
 
@@ -134,6 +162,8 @@ def fcos_match_locations_to_gt(
     locations_per_fpn_level: Mapping[str, Tensor],
     strides_per_fpn_level: Mapping[str, int],
     gt_boxes: Tensor,
+    *,
+    center_radius: float | None = None,
 ) -> dict[str, Tensor]:
     """Assign to every location of one image a ground-truth box or background (paper, section 3.2).
 
@@ -146,6 +176,9 @@ def fcos_match_locations_to_gt(
         locations_per_fpn_level: ``(N, 2)`` of each level.
         strides_per_fpn_level: stride of each level.
         gt_boxes: ``(M, 5)`` boxes of one image with class ids; rows of -1 are padding.
+        center_radius: a location also has to lie within so many strides of the centre of the box,
+            in x and in y (centre sampling, arXiv 1904.01355v5, section 3.2). No limit unless
+            given.
 
     Returns:
         Per level ``(N, 5)``: the matched box and its class id, background rows are -1.
@@ -155,13 +188,19 @@ def fcos_match_locations_to_gt(
             f"gt_boxes have shape {tuple(gt_boxes.shape)}; expected (M, 5) for one image."
         )
     locations, strides = _join_levels(locations_per_fpn_level, strides_per_fpn_level)
-    matched = _match_locations(locations, strides, strides_per_fpn_level.values(), gt_boxes[None])
+    matched = _match_locations(
+        locations, strides, strides_per_fpn_level.values(), gt_boxes[None], center_radius
+    )
     sizes = [len(level_locations) for level_locations in locations_per_fpn_level.values()]
     return dict(zip(locations_per_fpn_level, matched[0].split(sizes), strict=True))
 
 
 def _match_locations(
-    locations: Tensor, strides: Tensor, all_strides: Iterable[int], gt_boxes: Tensor
+    locations: Tensor,
+    strides: Tensor,
+    all_strides: Iterable[int],
+    gt_boxes: Tensor,
+    center_radius: float | None,
 ) -> Tensor:
     """The matching of ``fcos_match_locations_to_gt`` for a batch and all levels at once.
 
@@ -170,6 +209,7 @@ def _match_locations(
         strides: ``(N, 1)``.
         all_strides: the strides of the whole pyramid, to know its finest and coarsest level.
         gt_boxes: ``(B, M, 5)``.
+        center_radius: in strides, or None.
 
     Returns:
         ``(B, N, 5)``.
@@ -185,6 +225,10 @@ def _match_locations(
     largest = distances.amax(dim=-1)  # (B, N, M)
     matches = (distances.amin(dim=-1) > 0) & (largest > lower) & (largest < upper)
     matches &= gt_boxes[:, None, :, 4] >= 0  # padding matches nothing
+    if center_radius is not None:
+        # left - right is twice the distance to the centre in x, top - bottom in y.
+        from_center = 0.5 * (distances[..., :2] - distances[..., 2:]).abs().amax(dim=-1)
+        matches &= from_center < center_radius * strides  # (B, N, M) < (N, 1)
 
     areas = (gt_boxes[..., 2] - gt_boxes[..., 0]) * (gt_boxes[..., 3] - gt_boxes[..., 1])
     areas = areas[:, None].masked_fill(~matches, math.inf)  # (B, N, M)
@@ -297,6 +341,13 @@ class FCOS(nn.Module):
         stem_channels: output channels of the head's stem convolutions.
         backbone: see ``DetectorBackboneWithFPN``.
         weights: see ``DetectorBackboneWithFPN``.
+        box_loss: ``"l1"`` on the deltas, or ``"giou"`` on the decoded boxes (arXiv 1902.09630),
+            weighted by the centerness targets.
+        center_radius: see ``fcos_match_locations_to_gt``.
+        head_norm: see ``FCOSPredictionNetwork``.
+        level_scales: a learned scale of the deltas for each level.
+        frozen_batch_norm: the backbone's batch norms keep their running statistics in training,
+            which a batch of few images would only disturb.
 
     Example:
         >>> detector = FCOS(3, fpn_channels=16, stem_channels=[16], weights=None)
@@ -319,14 +370,53 @@ class FCOS(nn.Module):
         *,
         backbone: str = "regnet_x_400mf",
         weights: str | os.PathLike | None = "DEFAULT",
+        box_loss: str = "l1",
+        center_radius: float | None = None,
+        head_norm: str = "none",
+        level_scales: bool = False,
+        frozen_batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        if box_loss not in ("l1", "giou"):
+            raise ValueError(f'box_loss={box_loss!r}; expected "l1" or "giou".')
+        if center_radius is not None and not center_radius > 0:
+            raise ValueError(f"center_radius={center_radius}; expected a positive number or None.")
         self.num_classes = num_classes
+        self.box_loss = box_loss
+        self.center_radius = center_radius
+        self.frozen_batch_norm = frozen_batch_norm
         self.backbone = DetectorBackboneWithFPN(fpn_channels, backbone=backbone, weights=weights)
-        self.pred_net = FCOSPredictionNetwork(num_classes, fpn_channels, stem_channels)
+        self.pred_net = FCOSPredictionNetwork(
+            num_classes,
+            fpn_channels,
+            stem_channels,
+            norm=head_norm,
+            scaled_levels=self.backbone.fpn_strides if level_scales else (),
+        )
         # Moving average of the foreground locations per image. A buffer, because like the
         # statistics of batch norm it belongs to the state of a training.
         self.register_buffer("loss_normalizer", torch.tensor(150.0))
+        self._compiled_network: Callable | None = None
+
+    def train(self, mode: bool = True) -> FCOS:
+        """Switch between training and evaluation mode."""
+        super().train(mode)
+        if self.frozen_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that came with the backbone's weights."""
+        return list(self.backbone.backbone.parameters())
+
+    def compile_network(self, compile: bool = True) -> None:
+        """Compile backbone, pyramid and head for training; targets and losses stay as they are.
+
+        Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
+        """
+        self._compiled_network = torch.compile(self._run_network) if compile else None
 
     def forward(
         self,
@@ -392,13 +482,14 @@ class FCOS(nn.Module):
         return locations, class_logits, deltas, centerness_logits
 
     def _losses(self, images: Tensor, gt_boxes: Tensor) -> dict[str, Tensor]:
-        locations_per_level, *predictions = self._run_network(images)
+        network = self._compiled_network or self._run_network
+        locations_per_level, *predictions = network(images)
         class_logits, deltas, centerness_logits = (_join_predictions(p) for p in predictions)
         locations, strides = _join_levels(locations_per_level, self.backbone.fpn_strides)
 
         gt_boxes = gt_boxes.to(locations)
         matched = _match_locations(
-            locations, strides, self.backbone.fpn_strides.values(), gt_boxes
+            locations, strides, self.backbone.fpn_strides.values(), gt_boxes, self.center_radius
         )  # (B, N, 5)
         target_deltas = fcos_get_deltas_from_locations(locations, matched, strides)  # (B, N, 4)
         target_centerness = fcos_make_centerness_targets(target_deltas)  # (B, N)
@@ -407,8 +498,13 @@ class FCOS(nn.Module):
         background = matched[..., 4] < 0  # (B, N)
 
         loss_cls = sigmoid_focal_loss(class_logits, target_classes, alpha=0.25, gamma=2.0)
-        # A quarter: the mean over the four sides.
-        loss_box = 0.25 * F.l1_loss(deltas, target_deltas, reduction="none")
+        if self.box_loss == "giou":
+            boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
+            loss_box = generalized_box_iou_loss(boxes, matched[..., :4], reduction="none")
+            loss_box = (GIOU_WEIGHT * target_centerness * loss_box)[..., None]  # (B, N, 1)
+        else:
+            # A quarter: the mean over the four sides.
+            loss_box = 0.25 * F.l1_loss(deltas, target_deltas, reduction="none")
         loss_ctr = F.binary_cross_entropy_with_logits(
             centerness_logits.squeeze(-1), target_centerness, reduction="none"
         )
@@ -416,7 +512,7 @@ class FCOS(nn.Module):
         loss_ctr = loss_ctr.masked_fill(background, 0.0)
 
         with torch.no_grad():
-            foreground_per_image = (~background).sum() / len(images)
+            foreground_per_image = mean_over_processes((~background).sum() / len(images))
             self.loss_normalizer.mul_(0.9).add_(0.1 * foreground_per_image)
         # Data with hardly any object would let the average, and with it the divisor, fade to 0.
         divisor = self.loss_normalizer.clamp(min=1.0) * len(images)

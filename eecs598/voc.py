@@ -318,16 +318,37 @@ def read_annotation(path: str | Path) -> list[dict]:
         ValueError: the file is missing or broken, a field is missing, a coordinate is not a
             finite number, or x2 < x1 or y2 < y1.
     """
+    return [
+        _read_object(element, f"{path}, object {number}")
+        for number, element in enumerate(_parse(path).findall("object"), start=1)
+    ]
+
+
+def read_image_size(path: str | Path) -> tuple[int, int] | None:
+    """Width and height of the image as one VOC XML file gives them.
+
+    None where it has no whole numbers above 0; some tools leave the field out or at 0.
+
+    Raises:
+        ValueError: the file is missing or broken.
+    """
+    size = _parse(path).find("size")
+    try:
+        width, height = int(size.findtext("width")), int(size.findtext("height"))
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
+
+
+def _parse(path: str | Path) -> ElementTree.Element:
     try:
         annotation = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
+        # The last two stand for an encoding that Python does not know or expat does not read.
         raise ValueError(f"{path} cannot be read as a VOC XML file: {error}") from error
     if annotation.tag != "annotation":
         raise ValueError(f"{path} begins with <{annotation.tag}>; expected <annotation>")
-    return [
-        _read_object(element, f"{path}, object {number}")
-        for number, element in enumerate(annotation.findall("object"), start=1)
-    ]
+    return annotation
 
 
 def _read_object(element: ElementTree.Element, where: str) -> dict:
@@ -414,20 +435,34 @@ def build_index(root: str | Path, split: str, *, include_difficult: bool = False
     Raises:
         ValueError: as `read_split` and `read_annotation`.
     """
-    folder = find_voc_folder(root)
-    prefix = _INDEX_ROOT + (folder / "JPEGImages").relative_to(root).as_posix()
-    image_names = _image_names(folder / "JPEGImages")
     index = []
-    for image_id in read_split(root, split):
-        objects = read_annotation(folder / "Annotations" / f"{image_id}.xml")
+    for annotation, image in list_files(root, split):
+        objects = read_annotation(annotation)
         if not include_difficult:
             objects = [
                 {"name": item["name"], "xyxy": item["xyxy"]}
                 for item in objects
                 if not item["difficult"]
             ]
-        index.append([f"{prefix}/{image_names.get(image_id, f'{image_id}.jpg')}", objects])
+        index.append([_INDEX_ROOT + image.relative_to(root).as_posix(), objects])
     return index
+
+
+def list_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """(XML file, image file) of each image of a split of the devkit, in the split's order.
+
+    Neither is opened. Where an image file does not exist, its path is the one with `.jpg`.
+
+    Raises:
+        ValueError: as `read_split`.
+    """
+    folder = find_voc_folder(root)
+    annotations, images = folder / "Annotations", folder / "JPEGImages"
+    names = _image_names(images)
+    return [
+        (annotations / f"{image_id}.xml", images / names.get(image_id, f"{image_id}.jpg"))
+        for image_id in read_split(root, split)
+    ]
 
 
 def _image_names(folder: Path) -> dict[str, str]:
@@ -439,11 +474,14 @@ def _image_names(folder: Path) -> dict[str, str]:
     return {file.stem: file.name for file in reversed(files)}
 
 
-def load_index(root: str | Path, split: str) -> list[tuple[Path, list[dict]]]:
+def load_index(
+    root: str | Path, split: str, *, require_images: bool = True
+) -> list[tuple[Path, list[dict]]]:
     """Loads one split: `root/voc07_{split}.json`, or the devkit's XML where that is missing.
 
     Paths in the JSON file use forward slashes; they are relative to `root`, with or without
-    `./here/`, or absolute. Both ways leave difficult objects out.
+    `./here/`, or absolute. Both ways leave difficult objects out. `require_images=False` accepts
+    image files that are missing.
 
     Returns:
         (absolute image path, `[{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]`) for each image,
@@ -458,7 +496,7 @@ def load_index(root: str | Path, split: str) -> list[tuple[Path, list[dict]]]:
         (root / path.removeprefix(_INDEX_ROOT), objects)
         for path, objects in _read_index(root, split, include_difficult=False)
     ]
-    missing = [path for path, _ in index if not path.is_file()]
+    missing = [path for path, _ in index if not path.is_file()] if require_images else []
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(index)} image files of split {split!r} are missing, the "
@@ -476,9 +514,7 @@ def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> l
         ValueError: none of the splits exists, none has an object, or as `load_index`.
     """
     root = Path(os.path.abspath(root))
-    present = [
-        split for split in splits if _json_path(root, split).is_file() or _in_devkit(root, split)
-    ]
+    present = [split for split in splits if has_split(root, split)]
     names = {
         item["name"]
         for split in present
@@ -494,11 +530,15 @@ def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> l
     return sorted(names)
 
 
-def _json_path(root: Path, split: str) -> Path:
-    return root / f"voc07_{split}.json"
+def index_path(root: str | Path, split: str) -> Path:
+    """Where the course's JSON index of a split lies, if there is one."""
+    return Path(root) / f"voc07_{split}.json"
 
 
-def _in_devkit(root: Path, split: str) -> bool:
+def has_split(root: str | Path, split: str) -> bool:
+    """Whether `root` has a split, as the course's JSON index or in a devkit."""
+    if index_path(root, split).is_file():
+        return True
     try:
         return (find_voc_folder(root) / "ImageSets" / "Main" / f"{split}.txt").is_file()
     except ValueError:
@@ -507,7 +547,7 @@ def _in_devkit(root: Path, split: str) -> bool:
 
 def _read_index(root: Path, split: str, *, include_difficult: bool) -> list:
     """The index of one split from JSON, otherwise from XML, otherwise ValueError."""
-    path = _json_path(root, split)
+    path = index_path(root, split)
     if path.is_file():
         return _read_json(path)
     try:

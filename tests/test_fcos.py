@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import fcos
+from eecs598.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,10 +47,13 @@ def test_help_does_not_import_what_is_heavy():
 def test_train_leaves_what_it_says(run_folder):
     names = {path.name for path in (run_folder / "run").iterdir()}
     assert names == {
+        "best.pt",
         "checkpoint.pt",
         "history.json",
+        "history.jsonl",
         "loss.png",
         "metrics.json",
+        "run.json",
         "ap.png",
         "detections.png",
     }
@@ -57,6 +63,100 @@ def test_train_leaves_what_it_says(run_folder):
     assert len(json.loads((run_folder / "run/history.json").read_text())["loss"]) == 2
     checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
     assert checkpoint["settings"]["image_size"] == 64 and "ball" in checkpoint["classes"]
+    description = json.loads((run_folder / "run/run.json").read_text())
+    assert description["settings"] == checkpoint["settings"]
+    assert description["recipe"] == "handout"
+    contents = description["contents"]
+    assert contents["train"]["images"] == 6 and sum(contents["val"]["objects"].values()) > 6
+    assert description["environment"][0]["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys):
+    checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
+    torch.save(checkpoint["model"], run_folder / "fcos_detector.pt")
+    results = []
+    for name, more in (("run/checkpoint.pt", []), ("fcos_detector.pt", ["--image-size", "64"])):
+        arguments = ["eval", str(run_folder / name), "--data", str(run_folder / "shapes")]
+        arguments += ["--workers", "0", "--json", str(run_folder / "plain.json"), *more]
+        assert fcos.main(arguments) == 0
+        results.append(json.loads((run_folder / "plain.json").read_text()))
+        del results[-1]["checkpoint"]
+    assert results[0] == results[1]
+    del checkpoint["model"]["pred_net.pred_cls.weight"]
+    bias = checkpoint["model"]["pred_net.pred_cls.bias"]
+    checkpoint["model"]["pred_net.pred_cls.bias"] = bias.repeat(2)
+    torch.save(checkpoint["model"], run_folder / "other_classes.pt")
+    arguments = ["eval", str(run_folder / "other_classes.pt"), "--data", str(run_folder / "shapes")]
+    assert fcos.main(arguments) == 2
+    assert f"knows {2 * len(bias)} classes" in capsys.readouterr().err
+    torch.save({"w": torch.ones(2)}, run_folder / "other_net.pt")
+    arguments = ["eval", str(run_folder / "other_net.pt"), "--data", str(run_folder / "shapes")]
+    assert fcos.main(arguments) == 2
+    assert "not one of FCOS" in capsys.readouterr().err
+
+
+def test_a_head_with_norm_and_scales_is_recognised(run_folder):
+    out = run_folder / "normed"
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL]
+    assert fcos.main([*train, "--head-norm", "group", "--level-scales", "--stem", "8,16"]) == 0
+    model = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    torch.save(model, run_folder / "normed.pt")
+    arguments = ["eval", str(run_folder / "normed.pt"), "--data", str(run_folder / "shapes")]
+    assert fcos.main([*arguments, "--workers", "0", "--image-size", "64"]) == 0
+
+
+def test_resume_keeps_to_the_settings(run_folder, monkeypatch, capsys):
+    out = str(run_folder / "run")
+    assert fcos.main(["train", "--resume", "--out", out, "--lr", "0.5"]) == 2
+    message = capsys.readouterr().err
+    assert "lr 0.008" in message and "0.5" in message
+    assert fcos.main(["train", "--resume", "--out", out, "--max-grad-norm", "3"]) == 2
+    assert "max_grad_norm None" in capsys.readouterr().err
+    assert fcos.main(["train", "--resume", "--out", out, "--data", "elsewhere"]) == 2
+    assert "elsewhere" in capsys.readouterr().err
+    assert fcos.main(["train", "--resume", "--out", str(run_folder / "nowhere")]) == 2
+    assert "run.json" in capsys.readouterr().err
+    monkeypatch.chdir(run_folder)
+    assert fcos.main(["train", "--resume"]) == 2
+    assert "no unfinished training" in capsys.readouterr().err
+
+
+def test_resume_finds_the_latest_training(run_folder, monkeypatch, capsys):
+    monkeypatch.chdir(run_folder)
+    train = ["train", "--data", str(run_folder / "shapes"), *SMALL, "--out", "runs/one"]
+    assert fcos.main(train) == 0
+    before = Path("runs/one/metrics.json").read_bytes()
+    Path("runs/one/metrics.json").unlink()  # as if it had been stopped after the last step
+    shutil.copytree(run_folder / "shapes", "moved")
+    resume = ["train", "--resume", "--workers", "0", "--data", "moved", "--eval-every", "7"]
+    assert fcos.main(resume) == 0
+    assert "going on with runs/one" in capsys.readouterr().out
+    assert Path("runs/one/metrics.json").read_bytes() == before
+    description = json.loads(Path("runs/one/run.json").read_text())
+    assert description["data"] == str(run_folder / "moved")
+    assert description["options"]["eval_every"] == 7
+    assert description["options"]["checkpoint_every"] == 500
+    (Path("moved") / "ImageSets/Main/train.txt").write_text("train_00000\n")
+    assert fcos.main(["train", "--resume", "--out", "runs/one"]) == 2
+    assert "has changed" in capsys.readouterr().err
+
+
+def test_every_setting_is_an_option(run_folder, capsys):
+    with pytest.raises(SystemExit):
+        fcos.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_data_check(small_voc, tmp_path, capsys):
+    check = ["data", "check", str(small_voc)]
+    assert fcos.main([*check, "--json", str(tmp_path / "report.json")]) == 0
+    assert "objects per class" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["images"] == 8
+    (small_voc / "JPEGImages/0000.jpg").write_bytes(b"no image")
+    assert fcos.main(check) == 1
+    assert "ERROR" in capsys.readouterr().out
 
 
 def test_train_does_not_write_over_a_run(run_folder, capsys):

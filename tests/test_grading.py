@@ -112,8 +112,8 @@ MUTANTS = [
     Mutant(
         "no ReLU in the stems",
         "one_stage_detector",
-        "nn.ReLU()]",
-        "nn.Identity()]",
+        "layers.append(nn.ReLU())",
+        "layers.append(nn.Identity())",
         {"head": "ReLU"},
     ),
     Mutant(
@@ -570,14 +570,14 @@ MUTANTS = [
     Mutant(
         "padded with 0",
         "a4_helper",
-        "torch.full((self.max_boxes, 5), -1.0)",
-        "torch.zeros(self.max_boxes, 5)",
+        "torch.full((max_boxes, 5), -1.0)",
+        "torch.zeros(max_boxes, 5)",
         {"dataset": "padded"},
     ),
     Mutant(
         "padded to 40 boxes",
         "a4_helper",
-        "torch.full((self.max_boxes, 5), -1.0)",
+        "torch.full((max_boxes, 5), -1.0)",
         "torch.full((40, 5), -1.0)",
         {"dataset": "45 objects"},
     ),
@@ -599,15 +599,15 @@ MUTANTS = [
     Mutant(
         "no momentum",
         "a4_helper",
-        "momentum=0.9",
-        "momentum=0.0",
+        "LambdaLR(solver, factor)",
+        "LambdaLR(solver, factor)\n    solver.param_groups[0]['momentum'] = 0.0",
         {"train_detector": "momentum"},
     ),
     Mutant(
         "learning rate stays",
         "a4_helper",
-        "return 0.1 **",
-        "return 1.0 **",
+        "LambdaLR(solver, factor)",
+        "LambdaLR(solver, lambda step: 1.0)",
         {"train_detector": "learning rate"},
     ),
     Mutant(
@@ -620,8 +620,8 @@ MUTANTS = [
     Mutant(
         "one step too few",
         "a4_helper",
-        "_endless(train_loader, max_iters)",
-        "_endless(train_loader, max_iters - 1)",
+        "_endless(train_loader, max_iters - done)",
+        "_endless(train_loader, max_iters - done - 1)",
         {"train_detector": "max_iters"},
     ),
     # Export

@@ -17,6 +17,7 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
+from eecs598.settings import RECIPES
 from eecs598.shapes import CLASSES, write_shapes
 from eecs598.voc import VOC2007_CLASSES, class_names
 
@@ -169,10 +170,10 @@ def test_settings_with_voc_beside_the_notebook(settings, tmp_path, marker):
     # The assignment's numbers.
     assert chosen["SCHEDULE"] == "full"
     assert (chosen["OVERFIT_ITERS"], chosen["OVERFIT_LR"]) == (500, 5e-3)
-    assert (chosen["TRAIN_ITERS"], chosen["TRAIN_LR"]) == (9000, 8e-3)
-    assert (chosen["IMAGE_SIZE"], chosen["BATCH_SIZE"]) == (224, 16)
-    assert chosen["RECIPE"] == {"optimizer": "sgd"} and chosen["WARMUP"] == 0
-    assert (chosen["FPN_CHANNELS"], chosen["STEM_CHANNELS"]) == (128, [128, 128])
+    assert (chosen["TRAIN_ITERS"], chosen["IMAGE_SIZE"]) == (9000, 224)
+    assert chosen["RECIPE"] == RECIPES["handout"] and chosen["WARMUP"] == 0
+    assert chosen["SOLVER"]["optimizer"] == "sgd" and chosen["SOLVER"]["max_grad_norm"] is None
+    assert (chosen["FPN_CHANNELS"], chosen["STEM_CHANNELS"]) == (128, (128, 128))
     assert chosen["WEIGHTS"] == "DEFAULT"
 
 

@@ -107,7 +107,10 @@ def test_checkpoint_round_trip_and_errors(tmp_path):
     (tmp_path / "garbage.pt").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="can't be read"):
         load_checkpoint(tmp_path / "garbage.pt")
-    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save({"w": torch.ones(2), "b": torch.ones(1)}, tmp_path / "plain.pt")
+    plain = load_checkpoint(tmp_path / "plain.pt")
+    assert sorted(plain["model"]) == ["b", "w"] and plain["settings"] is plain["classes"] is None
+    torch.save({"weight": torch.ones(2), "epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="lacks model, settings, classes"):
         load_checkpoint(tmp_path / "other.pt")
 
