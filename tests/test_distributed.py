@@ -73,7 +73,7 @@ def test_a_process_that_fails_ends_the_job_and_the_run_goes_on(shapes, tmp_path)
     assert done.stdout.count("[Iter 12]") == 1  # one process prints
     assert load_checkpoint(out / "checkpoint.pt")["iteration"] == 12
     lines = [json.loads(line) for line in (out / "history.jsonl").open()]
-    assert [line["iteration"] for line in lines] == list(range(1, 13))
+    assert [line["iteration"] for line in lines if "loss" in line] == list(range(1, 13))
 
     # The evaluation that the processes shared is the one that a single process makes.
     shared = json.loads((out / "metrics.json").read_text())
