@@ -532,8 +532,9 @@ def plot_losses(
         steps = [entry["iteration"] for entry in evaluations]
         percent = [100 * entry["mAP"] for entry in evaluations]
         lines += twin.plot(steps, percent, "ko-", markersize=4, label="validation mAP")
-        twin.set(ylabel="mAP@0.5 in %", ylim=(0, None))
-    ax.legend(handles=lines)
+        twin.set(ylabel="mAP@0.5 in %", ylim=(0, 100))
+    # The losses end at the bottom on the right, the mAP at the top.
+    ax.legend(handles=lines, loc="center right")
     if path is not None:
         with replacing(path) as unfinished:
             figure.savefig(unfinished, bbox_inches="tight")
