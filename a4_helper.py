@@ -275,7 +275,7 @@ def train_detector(
         pretrained_lr_factor: the learning rate of ``detector.pretrained_parameters()`` is
             multiplied by it.
         average_decay: keep a moving average of the weights, of which this part remains in every
-            step (fewer in the first steps). It is what is evaluated, and the detector ends with
+            step (less in the first steps). It is what is evaluated, and the detector ends with
             it.
         amp: ``"auto"`` runs the network in bfloat16 where the processor computes in it natively,
             in float16 with scaled gradients on other GPUs; ``"off"`` in float32 everywhere. The

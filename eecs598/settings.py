@@ -170,7 +170,7 @@ def _check(field: dataclasses.Field, value: Any) -> Any:
 RECIPES: dict[str, Settings] = {
     # Exactly the assignment's model and schedule.
     "handout": Settings(),
-    # What the ablation in RESULTS.md kept.
+    # What usually helps; benchmarks/ablation.py is to show which of it does here.
     "strong": Settings(
         schedule="cosine",
         warmup_iters=200,
