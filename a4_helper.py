@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
@@ -34,7 +34,9 @@ from eecs598.distributed import (
     is_main_process,
     mean_over_processes,
     num_processes,
+    rank,
 )
+from eecs598.evaluation import Evaluation
 from eecs598.files import replacing
 from eecs598.metrics import write_text_format
 from eecs598.optimization import (
@@ -44,7 +46,7 @@ from eecs598.optimization import (
     weight_average,
 )
 from eecs598.sampling import Sample
-from eecs598.training_run import TrainingRun
+from eecs598.training_run import TrainingRun, ignore_signals
 from eecs598.utils import detection_visualizer, in_notebook_or_window
 from eecs598.voc import VOC2007_CLASSES, download_voc2007
 
@@ -53,6 +55,7 @@ __all__ = [
     "IMAGENET_STD",
     "AugmentedTrainingSet",
     "VOC2007DetectionTiny",
+    "evaluate_detector",
     "hello_helper",
     "inference_with_detector",
     "iterate_detections",
@@ -635,6 +638,48 @@ def iterate_detections(
             yield paths[0], unnormalize(images[0]), prediction, target
     finally:
         detector.train(was_training)
+
+
+def evaluate_detector(
+    detector: nn.Module,
+    dataset: VOC2007DetectionTiny,
+    score_thresh: float,
+    nms_thresh: float,
+    *,
+    levels: Mapping[str, tuple[float, float]] | None = None,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+) -> Evaluation:
+    """Detect in all images of a data set: what ``eecs598.analysis`` and the report start from.
+
+    Where there are several processes, each detects in its share and all get the whole.
+
+    Args:
+        detector: see ``inference_with_detector``.
+        dataset: a split that is not augmented.
+        score_thresh: detections score above it.
+        nms_thresh: IoU above which the lower of two detections of a class is dropped.
+        levels: see ``Evaluation``.
+        num_workers: processes that load images.
+        device: to run on.
+    """
+    loader = DataLoader(
+        Subset(dataset, range(rank(), len(dataset), num_processes())),
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.device(device).type != "cpu",
+    )
+    detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
+    shares = gather(
+        [
+            (path, tuple(image.shape[-2:]), prediction, target)
+            for path, image, prediction, target in detections
+        ]
+    )
+    in_order = [shares[i % len(shares)][i // len(shares)] for i in range(len(dataset))]
+    paths, sizes, predictions, targets = zip(*in_order, strict=True)
+    names = list(dataset.class_to_idx)
+    return Evaluation(names, paths, sizes, predictions, targets, score_thresh, levels or {})
 
 
 def target_rows(target: Mapping[str, Tensor]) -> Tensor:

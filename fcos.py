@@ -5,8 +5,10 @@
     fcos train --resume                 go on with a training that was stopped
     torchrun --nproc-per-node N -m fcos train ...    with several GPUs
     fcos eval CHECKPOINT --data DIR     mAP of a trained detector
+    fcos predict CHECKPOINT IMAGES... --out DIR      detections in image files
     fcos score DIR                      mAP of a folder of text files
     fcos data shapes|voc2007|check DIR  make, download or check a data set
+    fcos grade FOLDER...                points for what others handed in
 
 ``fcos COMMAND --help`` lists the options. This is the only file that knows all the others; it
 imports what is heavy when a command needs it, so that ``--help`` answers at once.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from a4_helper import VOC2007DetectionTiny
+    from eecs598.analysis import Comparison
+    from eecs598.evaluation import Evaluation
     from one_stage_detector import FCOS
 
 # Average precision is the area under the whole curve, so evaluation keeps detections with low
@@ -83,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a detector and evaluate it",
         description="Train a detector and evaluate it. Without --data, on the generated set. The "
         "folder of the run gets run.json, checkpoint.pt, best.pt, history.jsonl and history.json, "
-        "loss.png, metrics.json, ap.png and detections.png.",
+        "loss.png, report.html, metrics.json, ap.png, detections.png and, as text files, "
+        "detections and ground truth.",
     )
     train.set_defaults(run=_train)
     train.add_argument(
@@ -120,7 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine_options(train)
     _add_settings(train)
 
-    evaluate = commands.add_parser("eval", help="mAP of a trained detector")
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a trained detector",
+        description="Evaluate a trained detector. The folder of the evaluation gets report.html, "
+        "metrics.json and, as text files, the detections and the ground truth.",
+    )
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
     evaluate.add_argument(
@@ -151,10 +162,78 @@ def _parser() -> argparse.ArgumentParser:
         help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
     )
     evaluate.add_argument(
-        "--export", metavar="DIR", help="write detections and ground truth as text files"
+        "--out", metavar="DIR", help="new folder for results (eval-SPLIT beside CHECKPOINT)"
     )
-    evaluate.add_argument("--json", metavar="FILE", help="write the metrics as JSON")
+    evaluate.add_argument(
+        "--compare",
+        metavar="DIR",
+        help="another evaluation of the same images: a folder that fcos eval or fcos train wrote",
+    )
+    evaluate.add_argument(
+        "--export", metavar="DIR", help="write the text files here instead of into --out"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="write the metrics here, too")
     _add_machine_options(evaluate)
+
+    predict = commands.add_parser(
+        "predict",
+        help="detections in image files",
+        description="Detect objects in image files: a picture of each with its boxes, and all "
+        "boxes in pixels of the original files as JSON. The exit status is 1 when a file could "
+        "not be read; it is named and skipped.",
+    )
+    predict.set_defaults(run=_predict)
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    predict.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE|FOLDER|GLOB",
+        help="files; folders, without their subfolders; or patterns such as 'photos/**/*.jpg'",
+    )
+    predict.add_argument("--out", metavar="DIR", required=True, help="new folder for the results")
+    predict.add_argument("--json", metavar="FILE", help="the boxes (DIR/predictions.json)")
+    predict.add_argument(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw the detections (yes)",
+    )
+    predict.add_argument(
+        "--score-thresh",
+        type=_fraction,
+        default=SHEET_SCORE_THRESH,
+        metavar="X",
+        help=f"detections score above it ({SHEET_SCORE_THRESH})",
+    )
+    predict.add_argument(
+        "--nms-thresh",
+        type=_fraction,
+        default=EVAL_NMS_THRESH,
+        metavar="X",
+        help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
+    )
+    predict.add_argument(
+        "--image-size", type=_positive_int, metavar="N", help="another one than in training"
+    )
+    predict.add_argument(
+        "--batch-size",
+        type=_positive_int,
+        default=8,
+        metavar="N",
+        help="images a step; those of one size go through the network together (8)",
+    )
+    plain = predict.add_argument_group(
+        "where CHECKPOINT is a plain state dict", "which tells neither backbone nor class names"
+    )
+    plain.add_argument(
+        "--backbone", default=RECIPES["handout"].backbone, metavar="NAME", help="(regnet_x_400mf)"
+    )
+    names = plain.add_mutually_exclusive_group()
+    names.add_argument(
+        "--classes", metavar="A,B,C", help="in the order of training (for 20: those of VOC)"
+    )
+    names.add_argument("--data", metavar="DIR", help="the data set that has the classes")
+    _add_machine_options(predict)
 
     score = commands.add_parser("score", help="mAP of a folder of text files")
     score.set_defaults(run=_score)
@@ -181,6 +260,40 @@ def _parser() -> argparse.ArgumentParser:
     voc2007 = kinds.add_parser("voc2007", help="download PASCAL VOC 2007 train and val")
     voc2007.set_defaults(run=_data_voc2007)
     voc2007.add_argument("folder", metavar="DIR")
+
+    grade = commands.add_parser(
+        "grade",
+        help="points for what others handed in",
+        description="Check folders with common.py, one_stage_detector.py and a4_helper.py, each "
+        "in confined processes of its own, and say what is wrong. The exit status is 0 when all "
+        "have all points, 1 when not, and 2 when a folder or an option could not be used.",
+    )
+    grade.set_defaults(run=_grade)
+    grade.add_argument("folders", metavar="FOLDER", nargs="+", help="a submission")
+    grade.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
+    grade.add_argument(
+        "--json", metavar="FILE", help="write JSON to a file, too; Gradescope's with that format"
+    )
+    grade.add_argument(
+        "--rubric", metavar="FILE", help="points in TOML, in place of eecs598/grading/rubric.toml"
+    )
+    grade.add_argument(
+        "--timeout",
+        type=_positive_int,
+        default=60,
+        metavar="S",
+        help="seconds for loading a submission, and for each check (60)",
+    )
+    grade.add_argument(
+        "--jobs", type=_positive_int, metavar="N", help="submissions at a time (one a core)"
+    )
+    grade.add_argument(
+        "--memory",
+        type=_positive_int,
+        default=2048,
+        metavar="MB",
+        help="what a submission may allocate (2048)",
+    )
     return parser
 
 
@@ -272,6 +385,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from eecs598 import reset_seed
     from eecs598.distributed import gather, is_main_process, num_processes, rank
     from eecs598.files import claimed, write_json
+    from eecs598.metrics import average_precision
     from eecs598.sampling import TrainingSampler
     from eecs598.training_run import TrainingRun, ignore_signals
 
@@ -301,8 +415,12 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     # The checkpoint holds the backbone's weights, too.
     detector = _build_detector(settings, len(classes), "none" if resume else settings.weights)
 
+    evaluation = None  # the last one
+
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        return _evaluate(model, val_set, args.workers, device)
+        nonlocal evaluation
+        evaluation = _evaluate(model, val_set, args.workers, device)
+        return average_precision(evaluation.predictions, evaluation.targets, evaluation.class_names)
 
     run = TrainingRun(
         out,
@@ -358,12 +476,22 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
             },
         )
     # The last step was evaluated, unless there was none left to do.
-    result = run.result or evaluate(detector)
+    if evaluation is None:
+        evaluate(detector)
     if not is_main_process():
         return
     write_json(out / "history.json", history)
-    result.update(checkpoint=str(checkpoint), split="val")
-    _report(result, json_path=out / "metrics.json", figure_path=out / "ap.png")
+    _export(evaluation, out)
+    facts = {
+        "checkpoint": str(checkpoint),
+        "data": data,
+        "split": "val",
+        "image_size": settings.image_size,
+        "nms_thresh": EVAL_NMS_THRESH,
+    }
+    metrics = _write_report(evaluation, out, facts)
+    _report(metrics, figure_path=out / "ap.png")
+    _print_findings(metrics, None)
     _draw_sheet(detector, val_set, out / "detections.png", device)
     print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
@@ -438,22 +566,145 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from eecs598.analysis import compare
+    from eecs598.files import write_json
+    from eecs598.metrics import read_text_format
+
     detector, settings, classes = _load_detector(args)
     device = _device(args.device)
     dataset = _dataset(args.data, args.split, settings.image_size, classes)
-    if args.export is not None:
-        _make_empty(Path(args.export), "--export")
-    result = _evaluate(
+    beside = Path(args.checkpoint).parent / f"eval-{args.split}"
+    other = None if args.compare is None else read_text_format(args.compare)
+    out = _make_empty(Path(args.out) if args.out else _next_free(beside), "--out")
+    export = out if args.export is None else _make_empty(Path(args.export), "--export")
+    evaluation = _evaluate(
         detector,
         dataset,
         args.workers,
         device,
         score_thresh=args.score_thresh,
         nms_thresh=args.nms_thresh,
-        export=args.export,
     )
-    result.update(checkpoint=str(args.checkpoint), split=args.split)
-    _report(result, json_path=args.json)
+    _export(evaluation, export)
+    comparison = other and compare(evaluation, other, args.compare)
+    facts = {
+        "checkpoint": str(args.checkpoint),
+        "data": str(args.data),
+        "split": args.split,
+        "image_size": settings.image_size,
+        "nms_thresh": args.nms_thresh,
+    }
+    metrics = _write_report(evaluation, out, facts, comparison)
+    if args.json is not None:
+        write_json(args.json, metrics)
+    _report(metrics)
+    _print_findings(metrics, comparison)
+    print(f"\n{out / 'report.html'}")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
+
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    from eecs598.files import write_json
+    from eecs598.images import ImageFiles, find_images, read_image
+    from eecs598.prediction import detect, picture_names, to_json, write_picture
+    from eecs598.training_run import ignore_signals
+
+    paths = find_images(args.images)
+    detector, settings, classes = _load_predictor(args)
+    device = _device(args.device)
+    detector.to(device).eval()
+    out = _make_empty(Path(args.out), "--out")
+    workers = _workers(args.workers)
+    loader = DataLoader(
+        ImageFiles(paths, settings.image_size),
+        batch_size=args.batch_size,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+    )
+    predict = partial(detector.predict, score_thresh=args.score_thresh, nms_thresh=args.nms_thresh)
+
+    def draw(path: Path, detections: dict[str, Any], name: str) -> None:
+        # Read again: originals of any size would fill the memory on their way here.
+        write_picture(read_image(path), detections, classes, out / name)
+
+    images, skipped, pictures = [], [], []
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        pool = ThreadPoolExecutor(max(1, workers))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        bar = stack.enter_context(tqdm(total=len(paths), desc="detection", disable=None))
+        found = detect(predict, loader, device)
+        for name, (image, detections) in zip(picture_names(paths), found, strict=True):
+            bar.update()
+            if detections is None:
+                bar.write(f"fcos: skipped {image.error}", file=sys.stderr)
+                skipped.append({"path": str(image.path), "error": image.error})
+                continue
+            images.append(to_json(image, detections, classes))
+            if args.pictures:
+                images[-1]["picture"] = name
+                pictures.append(pool.submit(draw, image.path, detections, name))
+        write_json(
+            args.json if args.json is not None else out / "predictions.json",
+            {
+                "checkpoint": str(args.checkpoint),
+                "classes": classes,
+                "image_size": settings.image_size,
+                "score_thresh": args.score_thresh,
+                "nms_thresh": args.nms_thresh,
+                "images": images,
+                "skipped": skipped,
+            },
+        )
+        for picture in pictures:
+            picture.result()
+    count = sum(len(image["detections"]) for image in images)
+    seconds = time.perf_counter() - start
+    print(f"{count} detections in {len(images)} images, {seconds:.1f} s: {out}")
+    if skipped:
+        print(f"fcos: {len(skipped)} of {len(paths)} images skipped", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def _load_predictor(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:
+    """As ``_load_detector``; the class names of a plain state dict may come without data."""
+    from eecs598.checkpoint import load_checkpoint
+    from eecs598.voc import VOC2007_CLASSES
+
+    checkpoint = load_checkpoint(args.checkpoint)
+    if checkpoint["classes"] is not None and args.classes is not None:
+        raise ValueError(
+            f"{args.checkpoint} knows its classes: {', '.join(checkpoint['classes'])}. Leave out "
+            "--classes, which is for plain state dicts."
+        )
+    if checkpoint["classes"] is not None or args.data is not None:
+        return _load_detector(args)
+    state = checkpoint["model"]
+    settings = _settings_of(state, args)
+    count = len(state["pred_net.pred_cls.bias"])
+    classes = args.classes.split(",") if args.classes is not None else list(VOC2007_CLASSES)
+    if len(classes) != count:
+        raise ValueError(
+            f"{args.checkpoint} is a plain state dict without class names; it knows {count} "
+            f"classes. Name them with --classes A,B,C ({len(classes)} names given or assumed), or "
+            "give the data set with --data."
+        )
+    if args.classes is None:
+        print(f"fcos: {args.checkpoint} has no class names; those of VOC assumed", file=sys.stderr)
+    if args.image_size is not None:
+        settings = dataclasses.replace(settings, image_size=args.image_size)
+    detector = _build_detector(settings, count, "none")
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{args.checkpoint} fits no {settings.backbone}: {error}") from error
+    return detector, settings, classes
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -487,6 +738,56 @@ def _data_voc2007(args: argparse.Namespace) -> None:
     print(f"PASCAL VOC 2007 in {download_voc2007(args.folder)}")
 
 
+def _grade(args: argparse.Namespace) -> int:
+    from eecs598.files import write_json
+    from eecs598.grading.reports import Report, format_table, format_text, to_dict, to_gradescope
+    from eecs598.grading.rubric import load_rubric
+    from eecs598.grading.runner import Graded, Options, grade_folders
+
+    if args.format == "gradescope" and len(args.folders) > 1:
+        raise ValueError(
+            f"{len(args.folders)} folders given; --format gradescope is for one. Use --format json."
+        )
+    rubric = load_rubric(args.rubric)
+    options = Options(
+        timeout=args.timeout,
+        total_timeout=15 * args.timeout,
+        jobs=args.jobs,
+        memory_mb=args.memory,
+        checks=tuple(rubric.checks),
+    )
+    count = 0
+
+    def show_progress(graded: Graded) -> None:
+        nonlocal count
+        count += 1
+        if len(args.folders) > 1:
+            print(f"{count}/{len(args.folders)} {graded.folder}", file=sys.stderr)
+
+    graded = grade_folders(args.folders, Path(__file__).parent, options, show_progress)
+    reports = [Report(one, rubric.grade(one.results)) for one in graded]
+    if args.format == "gradescope":
+        result: Any = to_gradescope(reports[0])
+    else:
+        result = {"submissions": [to_dict(report) for report in reports]}
+    if args.format == "text":
+        for report in reports:
+            if len(reports) == 1 or not report.is_full:
+                print(f"{format_text(report)}\n")
+        if len(reports) > 1:
+            print(format_table(reports))
+    else:
+        print(json.dumps(result, indent=1))
+    if args.json is not None:
+        write_json(args.json, result)
+    failed = [one for one in graded if one.error is not None]
+    for one in failed:
+        print(f"fcos: error: {one.folder} {one.error}", file=sys.stderr)
+    if failed:
+        return 2
+    return 0 if all(report.is_full for report in reports) else 1
+
+
 # --------------------------------------------------------------------------------------------
 # Steps that commands share
 # --------------------------------------------------------------------------------------------
@@ -508,6 +809,12 @@ def _make_empty(folder: Path, option: str) -> Path:
         raise ValueError(f"{folder} exists and is not empty; choose another one with {option}.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _next_free(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that is not there yet."""
+    names = itertools.chain([folder], (Path(f"{folder}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _device(name: str) -> str:
@@ -633,45 +940,85 @@ def _build_detector(settings: Settings, num_classes: int, weights: str) -> FCOS:
 
 
 def _evaluate(
-    detector: nn.Module,
+    detector: FCOS,
     dataset: VOC2007DetectionTiny,
     workers: int | None,
     device: str,
     *,
     score_thresh: float = EVAL_SCORE_THRESH,
     nms_thresh: float = EVAL_NMS_THRESH,
-    export: str | None = None,
-) -> dict[str, Any]:
-    """Metrics of a detector; with ``export``, also the text files that `fcos score` reads."""
-    from torch.utils.data import DataLoader, Subset
+) -> Evaluation:
+    from a4_helper import evaluate_detector
+    from one_stage_detector import fcos_level_ranges
 
-    from a4_helper import iterate_detections
-    from eecs598.distributed import gather, num_processes, rank
-    from eecs598.metrics import average_precision, write_text_format
-    from eecs598.training_run import ignore_signals
-
-    classes = list(dataset.class_to_idx)
-    own_share = range(rank(), len(dataset), num_processes())
-    loader = DataLoader(
-        Subset(dataset, own_share),
+    return evaluate_detector(
+        detector,
+        dataset,
+        score_thresh,
+        nms_thresh,
+        levels=fcos_level_ranges(detector.backbone.fpn_strides),
         num_workers=_workers(workers),
-        worker_init_fn=ignore_signals,
-        pin_memory=device != "cpu",
+        device=device,
     )
-    found = []
-    for number, (path, _, prediction, target) in zip(
-        own_share,
-        iterate_detections(detector, loader, score_thresh, nms_thresh, device=device),
-        strict=True,
+
+
+def _export(evaluation: Evaluation, folder: Path) -> None:
+    """The text files that `fcos score` and `--compare` read."""
+    from eecs598.metrics import write_text_format
+
+    for path, prediction, target in zip(
+        evaluation.image_paths, evaluation.predictions, evaluation.targets, strict=True
     ):
-        found.append((number, prediction, target))
-        if export is not None:
-            write_text_format(export, Path(path).stem, prediction, target, classes)
-    found = sorted(sum(gather(found), []), key=lambda entry: entry[0])
-    _, predictions, targets = zip(*found, strict=True)
-    result = average_precision(predictions, targets, classes)
-    result.update(score_thresh=score_thresh, nms_thresh=nms_thresh, image_size=dataset.image_size)
-    return result
+        name = Path(path).stem
+        write_text_format(folder, name, prediction, target, evaluation.class_names)
+
+
+def _write_report(
+    evaluation: Evaluation,
+    out: Path,
+    facts: dict[str, Any],
+    comparison: Comparison | None = None,
+) -> dict[str, Any]:
+    """``report.html`` and ``metrics.json``; returns what the latter holds."""
+    from eecs598.analysis import analyse
+    from eecs598.files import write_json
+    from eecs598.report import write_report
+    from eecs598.training_run import describe_environment
+
+    analysis = analyse(evaluation)
+    environment = describe_environment()
+    metrics = {**analysis.metrics, **facts, "environment": environment}
+    if comparison is not None:
+        metrics["comparison"] = {"with": comparison.name, **comparison.difference.to_dict()}
+    write_json(out / "metrics.json", metrics)
+    write_report(
+        out / "report.html",
+        analysis,
+        title=f"{Path(facts['data']).name} {facts['split']}",
+        facts=[
+            facts["checkpoint"],
+            f"shorter side {facts['image_size']} px",
+            f"score threshold {evaluation.score_thresh:g}",
+            f"NMS threshold {facts['nms_thresh']:g}",
+        ],
+        footer=f"{time.strftime('%Y-%m-%d')}, commit {environment['commit']}, "
+        f"PyTorch {environment['packages']['torch']}",
+        comparison=comparison,
+    )
+    return metrics
+
+
+def _print_findings(metrics: dict[str, Any], comparison: Comparison | None) -> None:
+    low, high = metrics["interval"]
+    print(f"95 % interval of the mAP {100 * low:.2f} to {100 * high:.2f}")
+    if comparison is not None:
+        result = comparison.difference
+        print(
+            f"{100 * result.difference:+.2f} against {comparison.name}, 95 % interval "
+            f"{100 * result.low:+.2f} to {100 * result.high:+.2f}"
+        )
+    for smell in metrics["smells"]:
+        print(f"warning: {smell}", file=sys.stderr)
 
 
 def _report(

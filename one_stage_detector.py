@@ -42,6 +42,7 @@ __all__ = [
     "FCOSPredictionNetwork",
     "fcos_apply_deltas_to_locations",
     "fcos_get_deltas_from_locations",
+    "fcos_level_ranges",
     "fcos_make_centerness_targets",
     "fcos_match_locations_to_gt",
     "hello_one_stage_detector",
@@ -193,6 +194,27 @@ def fcos_match_locations_to_gt(
     )
     sizes = [len(level_locations) for level_locations in locations_per_fpn_level.values()]
     return dict(zip(locations_per_fpn_level, matched[0].split(sizes), strict=True))
+
+
+def fcos_level_ranges(
+    strides_per_fpn_level: Mapping[str, int],
+) -> dict[str, tuple[float, float]]:
+    """Which boxes each level is responsible for, as ``fcos_match_locations_to_gt`` has it.
+
+    Args:
+        strides_per_fpn_level: stride of each level.
+
+    Returns:
+        Per level the bounds of the largest distance from a location to a side, in pixels.
+    """
+    finest, coarsest = min(strides_per_fpn_level.values()), max(strides_per_fpn_level.values())
+    return {
+        level: (
+            0 if stride == finest else 4 * stride,
+            math.inf if stride == coarsest else 8 * stride,
+        )
+        for level, stride in strides_per_fpn_level.items()
+    }
 
 
 def _match_locations(

@@ -19,6 +19,7 @@ from pathlib import Path
 # Name of a row -> options of `fcos train` that differ from the first row's.
 CHANGES: dict[str, list[str]] = {
     "base": [],
+    "recipe strong": ["--recipe", "strong"],
     "flip": ["--augment", "flip"],
     "flip + zoom": ["--augment", "flip,zoom"],
     "GIoU": ["--box-loss", "giou"],

@@ -1,4 +1,4 @@
-"""Average precision of object detections, from tensors or from a folder of text files.
+"""Detections matched to ground truth, and average precision: of tensors or a folder of text files.
 
 The definition is that of the VOC 2010+ development kit (Everingham et al., "The Pascal Visual
 Object Classes Challenge: A Retrospective", IJCV 2015) as the script https://github.com/Cartucho/mAP
@@ -10,8 +10,12 @@ applies it to text files:
 - with an overlap (IoU) of at least the threshold it is a true positive if no earlier detection took
   that box, and otherwise a false positive; if the box is difficult it counts neither way;
 - difficult boxes are not in the total that recall is measured against;
-- average precision (AP) is the area under the precision envelope over all points;
+- average precision (AP) is the area under the precision envelope over all points, or on request the
+  mean of the envelope at eleven recalls, as up to VOC 2007;
 - mAP is the mean over the classes that have ground truth that is not difficult.
+
+:func:`match_detections` does the matching for every measure of the project; the others are in
+`error_analysis`, `uncertainty` and `coco_metrics`. A folder is read with :func:`read_text_format`.
 
 Symbols: K detections, M ground truth boxes, C classes, P pairs of a detection and a ground truth
 box of its image and class. Boxes are XYXY in pixels.
@@ -23,6 +27,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +41,112 @@ if TYPE_CHECKING:
 
 DETECTIONS_FOLDER = "detection-results"
 GROUND_TRUTH_FOLDER = "ground-truth"
+
+
+class TextFormat(NamedTuple):
+    """A folder of text files, as the functions on tensors take it."""
+
+    image_names: list[str]  # file names without ".txt", in the order of the images below
+    predictions: list[dict[str, torch.Tensor]]  # boxes (K, 4) float64, labels, scores float64
+    targets: list[dict[str, torch.Tensor]]  # boxes (M, 4) float64, labels, difficult
+    class_names: list[str]  # those of the files, sorted
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Detections of a data set by falling score, and what each is worth.
+
+    A detection counts as ``true``, ``false``, or neither way (``ignored``, by a difficult box).
+
+    Attributes:
+        class_names: the C names.
+        num_images: number of images.
+        iou_threshold: the least overlap of a match.
+        image: (K,) the image of each detection.
+        index: (K,) its place among the predictions of that image.
+        label: (K,) its class.
+        box: (K, 4) float64, XYXY in pixels.
+        score: (K,) float64, falling; equal scores in image order, then in the order given.
+        truth: (K,) which ground truth box of its image and class it overlaps most, as an index into
+            the arrays below; -1 where it overlaps none.
+        overlap: (K,) the IoU with that box in inclusive pixels; -1 where there is none.
+        true: (K,) bool, the true positives.
+        ignored: (K,) bool, those that match a difficult box.
+        truth_image, truth_index, truth_label: (M,) image, place in the image, and class of each
+            ground truth box, image after image.
+        truth_box: (M, 4) float64.
+        truth_difficult: (M,) bool.
+        num_ground_truth: (C,) boxes of each class that are not difficult.
+    """
+
+    class_names: list[str]
+    num_images: int
+    iou_threshold: float
+    image: np.ndarray
+    index: np.ndarray
+    label: np.ndarray
+    box: np.ndarray
+    score: np.ndarray
+    truth: np.ndarray
+    overlap: np.ndarray
+    true: np.ndarray
+    ignored: np.ndarray
+    truth_image: np.ndarray
+    truth_index: np.ndarray
+    truth_label: np.ndarray
+    truth_box: np.ndarray
+    truth_difficult: np.ndarray
+    num_ground_truth: np.ndarray
+
+    @property
+    def false(self) -> np.ndarray:
+        """(K,) bool, the false positives."""
+        return ~(self.true | self.ignored)
+
+    @property
+    def matched(self) -> np.ndarray:
+        """(K,) bool: the overlap reaches the threshold. Of those, false positives came too late."""
+        return self.overlap >= self.iou_threshold
+
+    @property
+    def status(self) -> np.ndarray:
+        """(K,) of the words "true", "false" and "ignored"."""
+        return np.select([self.true, self.ignored], ["true", "ignored"], "false")
+
+    @property
+    def truth_found(self) -> np.ndarray:
+        """(M,) bool: the ground truth boxes that a true positive took."""
+        found = np.zeros(len(self.truth_label), dtype=bool)
+        found[self.truth[self.true]] = True
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionRecall:
+    """Precision against recall of one class: one point for each score threshold that differs.
+
+    Attributes:
+        recall, precision: (P,) with the detections of at least the score; recall never falls.
+        scores: (P,) the thresholds, falling.
+        best_f1: the highest harmonic mean of precision and recall, 0 without detections.
+        best_f1_threshold: keeping the detections of at least this score gives it, the highest such
+            score; None without detections.
+    """
+
+    recall: np.ndarray
+    precision: np.ndarray
+    scores: np.ndarray
+    best_f1: float
+    best_f1_threshold: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in lists and plain numbers, ready for JSON."""
+        columns = {name: getattr(self, name).tolist() for name in ("recall", "precision", "scores")}
+        return {
+            **columns,
+            "best_f1": self.best_f1,
+            "best_f1_threshold": self.best_f1_threshold,
+        }
 
 
 class _Detections(NamedTuple):
@@ -61,6 +172,8 @@ def average_precision(
     targets: Sequence[Mapping[str, Any]],
     class_names: Sequence[str],
     iou_threshold: float = 0.5,
+    *,
+    method: str = "all-point",
 ) -> dict[str, Any]:
     """Score the detections of a data set against its ground truth.
 
@@ -71,13 +184,17 @@ def average_precision(
             where known, ``difficult`` (M,) bool. No padding.
         class_names: the C names; ``class_names[label]`` names a label.
         iou_threshold: the least overlap of a true positive, in 0..1.
+        method: "all-point", or "11-point": the mean of the envelope at recalls 0, 0.1, ..., 1
+            (Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010,
+            equations 1 and 2).
 
     Returns:
         Plain numbers, ready for JSON. Precisions are fractions; ``AP`` has the classes with ground
         truth that is not difficult, the counts have every class; ``num_ground_truth`` leaves out
         difficult boxes, and detections that match one are in ``num_detections`` alone::
 
-            {"mAP": 0.75, "AP": {"cat": 0.5, "dog": 1.0}, "iou_threshold": 0.5, "num_images": 2,
+            {"mAP": 0.75, "AP": {"cat": 0.5, "dog": 1.0}, "iou_threshold": 0.5,
+             "method": "all-point", "num_images": 2,
              "num_ground_truth": {...}, "num_detections": {...},
              "true_positives": {...}, "false_positives": {...}}
 
@@ -91,6 +208,21 @@ def average_precision(
         >>> average_precision(predictions, [{"boxes": boxes, "labels": labels}], ["cat"])["mAP"]
         1.0
     """
+    _check_method(method)
+    matches = match_detections(predictions, targets, class_names, iou_threshold)
+    return score_matches(matches, method)
+
+
+def match_detections(
+    predictions: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    iou_threshold: float = 0.5,
+) -> Matches:
+    """Sort the detections of a data set by score and match them to its ground truth.
+
+    Arguments and errors are those of :func:`average_precision`, but ground truth may be absent.
+    """
     _check_threshold(iou_threshold)
     names = _check_class_names(class_names)
     if len(predictions) != len(targets):
@@ -100,21 +232,73 @@ def average_precision(
         )
     detections = _gather_detections(predictions, len(names))
     ground_truth = _gather_ground_truth(targets, len(names))
-    return _score(detections, ground_truth, names, len(targets), iou_threshold)
+    index = _places(detections.images)
+
+    by_score = np.argsort(-detections.scores, kind="stable")
+    detections = _Detections(*(column[by_score] for column in detections))
+    # A detection's candidates: the boxes of its image and class.
+    keys = detections.images * len(names) + detections.labels
+    truth_keys = ground_truth.images * len(names) + ground_truth.labels
+    counts, pair_truth = pair_up(keys, truth_keys)
+    overlaps = overlaps_of_pairs(detections.boxes, ground_truth.boxes, counts, pair_truth)
+    overlap, truth = best_of_pairs(overlaps, counts, pair_truth)
+
+    matched = overlap >= iou_threshold
+    ignored = np.zeros(len(matched), dtype=bool)
+    ignored[matched] = ground_truth.difficult[truth[matched]]
+    return Matches(
+        class_names=names,
+        num_images=len(targets),
+        iou_threshold=float(iou_threshold),
+        image=detections.images,
+        index=index[by_score],
+        label=detections.labels,
+        box=detections.boxes,
+        score=detections.scores,
+        truth=truth,
+        overlap=overlap,
+        true=first_claims(truth, matched & ~ignored),
+        ignored=ignored,
+        truth_image=ground_truth.images,
+        truth_index=_places(ground_truth.images),
+        truth_label=ground_truth.labels,
+        truth_box=ground_truth.boxes,
+        truth_difficult=ground_truth.difficult,
+        num_ground_truth=_count(ground_truth.labels[~ground_truth.difficult], len(names)),
+    )
 
 
-def score_folder(folder: str | os.PathLike[str], iou_threshold: float = 0.5) -> dict[str, Any]:
-    """Score a folder of text files, one pair of files an image.
+def precision_recall_curves(
+    predictions: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    iou_threshold: float = 0.5,
+) -> dict[str, PrecisionRecall]:
+    """The precision-recall curve of every class with ground truth that is not difficult, by name.
 
-    ``folder/ground-truth/NAME.txt`` has lines ``class x1 y1 x2 y2``, with ``difficult`` at the end
-    for a difficult box; ``folder/detection-results/NAME.txt`` has ``class score x1 y1 x2 y2``.
-    A class name may contain spaces, a file may be empty. Images come in the order of their sorted
-    file names. An image without a file of detections counts as one without detections, and a
-    warning says so.
+    Detections that match a difficult box count neither way. Arguments and errors are those of
+    :func:`average_precision`.
+    """
+    matches = match_detections(predictions, targets, class_names, iou_threshold)
+    curves = {}
+    for label in classes_with_ground_truth(matches):
+        of_class = (matches.label == label) & ~matches.ignored
+        total = int(matches.num_ground_truth[label])
+        curves[matches.class_names[label]] = _precision_recall(
+            matches.true[of_class], matches.score[of_class], total
+        )
+    return curves
+
+
+def score_folder(
+    folder: str | os.PathLike[str], iou_threshold: float = 0.5, *, method: str = "all-point"
+) -> dict[str, Any]:
+    """Score a folder in the text format of :func:`read_text_format`.
 
     Args:
-        folder: holds the two folders above; :func:`write_text_format` writes such a folder.
+        folder: :func:`write_text_format` writes such a folder.
         iou_threshold: the least overlap of a true positive, in 0..1.
+        method: "all-point" or "11-point", see :func:`average_precision`.
 
     Returns:
         What :func:`average_precision` returns; the classes are those of the files, sorted by name.
@@ -124,7 +308,35 @@ def score_folder(folder: str | os.PathLike[str], iou_threshold: float = 0.5) -> 
             or no ground truth to score against.
     """
     _check_threshold(iou_threshold)
-    folder = Path(folder)
+    _check_method(method)
+    _, predictions, targets, names = _read_text_format(Path(folder))
+    return average_precision(predictions, targets, names, iou_threshold, method=method)
+
+
+def read_text_format(folder: str | os.PathLike[str]) -> TextFormat:
+    """Read a folder of text files, one pair of files an image.
+
+    ``folder/ground-truth/NAME.txt`` has lines ``class x1 y1 x2 y2``, with ``difficult`` at the end
+    for a difficult box; ``folder/detection-results/NAME.txt`` has ``class score x1 y1 x2 y2``.
+    A class name may contain spaces, a file may be empty. Images come in the order of their sorted
+    file names. An image without a file of detections counts as one without detections, and a
+    warning says so.
+
+    Args:
+        folder: holds the two folders above; :func:`write_text_format` writes such a folder.
+
+    Returns:
+        Names, predictions and targets of all images, and the classes. Numbers are float64, so that
+        they are those of the files.
+
+    Raises:
+        ValueError: for a missing folder, detections without a ground truth file, a malformed line,
+            or files that are all empty.
+    """
+    return _read_text_format(Path(folder))
+
+
+def _read_text_format(folder: Path) -> TextFormat:
     truth_folder, detection_folder = folder / GROUND_TRUTH_FOLDER, folder / DETECTIONS_FOLDER
     files, detection_files = _list_text_files(truth_folder), _list_text_files(detection_folder)
     if not files:
@@ -141,27 +353,33 @@ def score_folder(folder: str | os.PathLike[str], iou_threshold: float = 0.5) -> 
         warnings.warn(
             f"{_enumerate(missing)} missing in {detection_folder}: scored as images without "
             "detections, all their boxes missed",
-            stacklevel=2,
+            stacklevel=3,  # the caller of the public function
         )
 
     truths = _read_folder(truth_folder, files, with_score=False)
     found = _read_folder(detection_folder, files, with_score=True, skip=set(missing))
     names = sorted({*truths.names, *found.names})
+    if not names:
+        raise ValueError(f"the {len(files)} images of {folder} have no ground truth box at all")
     index = {name: label for label, name in enumerate(names)}
-    ground_truth = _GroundTruth(
-        images=np.array(truths.images, dtype=np.int64),
-        labels=np.array([index[name] for name in truths.names], dtype=np.int64),
-        boxes=np.array(truths.values, dtype=np.float64).reshape(-1, 4),
-        difficult=np.array(truths.difficult, dtype=bool),
-    )
+    truth_values = np.array(truths.values, dtype=np.float64).reshape(-1, 4)
     values = np.array(found.values, dtype=np.float64).reshape(-1, 5)  # score, x1, y1, x2, y2
-    detections = _Detections(
-        images=np.array(found.images, dtype=np.int64),
-        labels=np.array([index[name] for name in found.names], dtype=np.int64),
-        boxes=values[:, 1:],
-        scores=values[:, 0],
+    targets = {
+        "boxes": truth_values,
+        "labels": np.array([index[name] for name in truths.names], dtype=np.int64),
+        "difficult": np.array(truths.difficult, dtype=bool),
+    }
+    predictions = {
+        "boxes": values[:, 1:],
+        "labels": np.array([index[name] for name in found.names], dtype=np.int64),
+        "scores": values[:, 0],
+    }
+    return TextFormat(
+        [file.removesuffix(".txt") for file in files],
+        _split_by_image(predictions, found.images, len(files)),
+        _split_by_image(targets, truths.images, len(files)),
+        names,
     )
-    return _score(detections, ground_truth, names, len(files), iou_threshold)
 
 
 def write_text_format(
@@ -270,82 +488,163 @@ def plot_average_precision(
     return axes
 
 
-def _score(
-    detections: _Detections,
-    ground_truth: _GroundTruth,
-    names: list[str],
-    num_images: int,
-    iou_threshold: float,
-) -> dict[str, Any]:
-    num_classes = len(names)
-    totals = _count(ground_truth.labels[~ground_truth.difficult], num_classes)
-    scored = np.flatnonzero(totals)
-    if not len(scored):
-        raise ValueError(
-            f"the {num_images} images have no ground truth box that is not difficult, so average "
-            "precision is not defined; check that the right annotations were given"
-        )
-    by_score = np.argsort(-detections.scores, kind="stable")
-    detections = _Detections(*(column[by_score] for column in detections))
-    best, match = _best_overlaps(detections, ground_truth, num_classes)
+# ---------------------------------------------------------------------------------------
+# What the other measures build on
+# ---------------------------------------------------------------------------------------
 
-    matched = best >= iou_threshold
-    ignored = matched & ground_truth.difficult[match]
-    claims = np.flatnonzero(matched & ~ignored)
-    # Detections are sorted, so the first claim of a box is the one with the highest score.
-    _, first_claims = np.unique(match[claims], return_index=True)
-    true = np.zeros(len(matched), dtype=bool)
-    true[claims[first_claims]] = True
-    false = ~true & ~ignored
 
+def score_matches(matches: Matches, method: str = "all-point") -> dict[str, Any]:
+    """What :func:`average_precision` returns, of detections that are matched already."""
+    names, num_classes = matches.class_names, len(matches.class_names)
     ap = {}
-    for label in scored:
-        of_class = (detections.labels == label) & ~ignored
-        ap[names[label]] = _area_under_envelope(true[of_class], int(totals[label]))
+    for label in classes_with_ground_truth(matches):
+        of_class = (matches.label == label) & ~matches.ignored
+        total = int(matches.num_ground_truth[label])
+        ap[names[label]] = _METHODS[method](matches.true[of_class], total)
     counts = {
-        "num_ground_truth": totals,
-        "num_detections": _count(detections.labels, num_classes),
-        "true_positives": _count(detections.labels[true], num_classes),
-        "false_positives": _count(detections.labels[false], num_classes),
+        "num_ground_truth": matches.num_ground_truth,
+        "num_detections": _count(matches.label, num_classes),
+        "true_positives": _count(matches.label[matches.true], num_classes),
+        "false_positives": _count(matches.label[matches.false], num_classes),
     }
     return {
         "mAP": math.fsum(ap.values()) / len(ap),
         "AP": ap,
-        "iou_threshold": float(iou_threshold),
-        "num_images": num_images,
+        "iou_threshold": matches.iou_threshold,
+        "method": method,
+        "num_images": matches.num_images,
         **{key: dict(zip(names, value.tolist(), strict=True)) for key, value in counts.items()},
     }
 
 
-def _best_overlaps(
-    detections: _Detections, ground_truth: _GroundTruth, num_classes: int
+def classes_with_ground_truth(matches: Matches) -> np.ndarray:
+    """The labels that AP is defined for.
+
+    Raises:
+        ValueError: there are none.
+    """
+    labels = np.flatnonzero(matches.num_ground_truth)
+    if not len(labels):
+        raise ValueError(
+            f"the {matches.num_images} images have no ground truth box that is not difficult, so "
+            "average precision is not defined; check that the right annotations were given"
+        )
+    return labels
+
+
+def pair_up(keys: np.ndarray, truth_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of a detection and a ground truth box with equal keys, detection after detection.
+
+    Args:
+        keys: (K,) whole numbers, one a detection.
+        truth_keys: (M,) one a ground truth box.
+
+    Returns:
+        How many pairs each detection has (K,), and the box of each pair (P,); a detection's boxes
+        are in rising order.
+    """
+    # With the ground truth sorted by key, a detection's candidates are one slice, and a stable
+    # sort leaves them in the order of the file.
+    order = np.argsort(truth_keys, kind="stable")
+    truth_keys = truth_keys[order]
+    first = np.searchsorted(truth_keys, keys, side="left")  # (K,)
+    counts = np.searchsorted(truth_keys, keys, side="right") - first  # (K,)
+    starts = np.cumsum(counts) - counts  # (K,) each detection's first pair
+    return counts, order[np.arange(counts.sum()) - np.repeat(starts - first, counts)]
+
+
+def overlaps_of_pairs(
+    boxes: np.ndarray, truth_boxes: np.ndarray, counts: np.ndarray, pair_truth: np.ndarray
+) -> np.ndarray:
+    """IoU (P,) in inclusive pixels of the pairs of :func:`pair_up`; -1 where disjoint."""
+    return _overlaps(np.repeat(boxes, counts, axis=0), truth_boxes[pair_truth])
+
+
+def best_of_pairs(
+    overlaps: np.ndarray, counts: np.ndarray, pair_truth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The overlap (K,) of each detection with the box it overlaps most, and that box's index (K,).
 
-    Both are -1 where the image has no box of the class.
+    Of several equal overlaps the first. Both are -1 where a detection overlaps nothing.
     """
-    # With the ground truth sorted by image and class, a detection's candidates are one slice, and
-    # a stable sort leaves them in the order of the file.
-    truth_keys = ground_truth.images * num_classes + ground_truth.labels
-    truth_order = np.argsort(truth_keys, kind="stable")
-    truth_keys = truth_keys[truth_order]
-    keys = detections.images * num_classes + detections.labels
-    first = np.searchsorted(truth_keys, keys, side="left")  # (K,)
-    counts = np.searchsorted(truth_keys, keys, side="right") - first  # (K,)
-
-    starts = np.cumsum(counts) - counts  # (K,) each detection's first pair
-    pair_detection = np.repeat(np.arange(len(keys)), counts)  # (P,)
-    pairs = np.arange(len(pair_detection))
-    pair_truth = truth_order[pairs - np.repeat(starts - first, counts)]  # (P,)
-    overlaps = _overlaps(detections.boxes[pair_detection], ground_truth.boxes[pair_truth])
-
-    best = np.full(len(keys), -1.0)
-    match = np.full(len(keys), -1)
+    best = np.full(len(counts), -1.0)
+    match = np.full(len(counts), -1)
     some = counts > 0  # reduceat knows no empty slices
-    best[some] = np.maximum.reduceat(overlaps, starts[some])
-    winners = np.where(overlaps == best[pair_detection], pairs, len(pairs))
-    match[some] = pair_truth[np.minimum.reduceat(winners, starts[some])]
+    starts = (np.cumsum(counts) - counts)[some]
+    best[some] = np.maximum.reduceat(overlaps, starts)
+    pairs = np.arange(len(overlaps))
+    winners = np.where(overlaps == np.repeat(best, counts), pairs, len(pairs))
+    match[some] = pair_truth[np.minimum.reduceat(winners, starts)]
+    match[best < 0] = -1
     return best, match
+
+
+def first_claims(truth: np.ndarray, claiming: np.ndarray) -> np.ndarray:
+    """Which detection gets the box that it claims: of several claims of one box, the first.
+
+    Args:
+        truth: (K,) the box that each detection claims.
+        claiming: (K,) bool, those that do.
+
+    Returns:
+        (K,) bool. With the detections sorted by score, the first claim has the highest score.
+    """
+    claims = np.flatnonzero(claiming)
+    _, first = np.unique(truth[claims], return_index=True)
+    granted = np.zeros(len(truth), dtype=bool)
+    granted[claims[first]] = True
+    return granted
+
+
+def area_under_envelope(true: np.ndarray, total: int) -> float:
+    """AP of one class over all points.
+
+    Args:
+        true: (K,) bool, the true positives among its detections, by falling score.
+        total: ground truth boxes, more than 0.
+    """
+    # Recall grows by 1 / total at each true positive and nowhere else.
+    return float(_envelope(true).sum() / total)
+
+
+# ---------------------------------------------------------------------------------------
+# Details
+# ---------------------------------------------------------------------------------------
+
+
+def _eleven_points(true: np.ndarray, total: int) -> float:
+    """AP of one class as up to VOC 2007: the mean of the envelope at recalls 0, 0.1, ..., 1."""
+    # Recall k / 10 is reached with ceil(k * total / 10) true positives: in whole numbers, because
+    # 3 / 10 < 0.1 * 3 in floating point. At recall 0 the envelope is its value at the first one.
+    needed = -(-np.arange(11) * total // 10)
+    envelope = _envelope(true)
+    reached = needed <= len(envelope)
+    at = np.maximum(needed[reached], 1) - 1
+    return float(envelope[at].sum() / 11) if len(envelope) else 0.0
+
+
+_METHODS = {"all-point": area_under_envelope, "11-point": _eleven_points}
+
+
+def _envelope(true: np.ndarray) -> np.ndarray:
+    """At each true positive, the best precision at its recall or any higher one."""
+    precision = np.cumsum(true) / np.arange(1, len(true) + 1)
+    return np.maximum.accumulate(precision[::-1])[::-1][true]
+
+
+def _precision_recall(true: np.ndarray, scores: np.ndarray, total: int) -> PrecisionRecall:
+    # A threshold takes all detections of a score or none: the last of equal scores is the point.
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)[: len(scores)])
+    hits, kept = np.cumsum(true)[last], last + 1
+    f1 = 2 * hits / (kept + total)
+    best = int(np.argmax(f1)) if len(f1) else None
+    return PrecisionRecall(
+        recall=hits / total,
+        precision=hits / kept,
+        scores=scores[last],
+        best_f1=0.0 if best is None else float(f1[best]),
+        best_f1_threshold=None if best is None else float(scores[last][best]),
+    )
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -364,17 +663,13 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
 
 
-def _area_under_envelope(true: np.ndarray, total: int) -> float:
-    """AP of one class from its true positives (K,), by falling score, among ``total`` boxes."""
-    precision = np.cumsum(true) / np.arange(1, len(true) + 1)
-    # The envelope: the best precision at this recall or any higher one.
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    # Recall grows by 1 / total at each true positive and nowhere else.
-    return float(envelope[true].sum() / total)
-
-
 def _count(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return np.bincount(labels, minlength=num_classes)
+
+
+def _places(images: np.ndarray) -> np.ndarray:
+    """(K,) sorted image indices -> (K,) the place of each element within its image."""
+    return np.arange(len(images)) - np.searchsorted(images, images, side="left")
 
 
 def _gather_detections(predictions: Sequence[Mapping[str, Any]], num_classes: int) -> _Detections:
@@ -477,6 +772,11 @@ def _check_threshold(iou_threshold: float) -> None:
         raise ValueError(f"iou_threshold must be in 0..1, got {iou_threshold}")
 
 
+def _check_method(method: str) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+
+
 def _check_class_names(class_names: Sequence[str]) -> list[str]:
     names = [] if isinstance(class_names, str | Mapping) else list(class_names)
     if not names or not all(isinstance(name, str) for name in names):
@@ -498,7 +798,7 @@ class _Lines(NamedTuple):
 
     images: list[int]
     names: list[str]
-    values: list[list[float]]
+    values: list[float]  # the numbers of all lines, one line after the other
     difficult: list[bool]
 
 
@@ -540,7 +840,7 @@ def _read_folder(
                 ) from error
             lines.images.append(image)
             lines.names.append(name)
-            lines.values.append(values)
+            lines.values.extend(values)
             lines.difficult.append(difficult)
     return lines
 
@@ -558,6 +858,15 @@ def _parse_line(line: str, with_score: bool) -> tuple[str, list[float], bool]:
     if len(values) != 4 + with_score or not all(map(math.isfinite, values)) or x2 < x1 or y2 < y1:
         raise ValueError("not a box")
     return name, values, difficult
+
+
+def _split_by_image(
+    columns: dict[str, np.ndarray], images: list[int], num_images: int
+) -> list[dict[str, torch.Tensor]]:
+    """Cut the columns of all images, in image order, into one mapping an image."""
+    sizes = np.bincount(np.array(images, dtype=np.int64), minlength=num_images).tolist()
+    parts = (torch.from_numpy(column).split(sizes) for column in columns.values())
+    return [dict(zip(columns, image, strict=True)) for image in zip(*parts, strict=True)]
 
 
 def _format_box(box: list[float]) -> str:

@@ -99,7 +99,6 @@ class TrainingRun:
         self.evaluate, self.eval_every = evaluate, eval_every
         self.plot = plot
         self.evaluations: list[dict[str, float]] = []
-        self.result: dict[str, Any] | None = None  # metrics of the last evaluation
         self.signal_number: int | None = None
         self._stopping = False
         self._resumed_from = load_training(self.checkpoint_path) if resume else None
@@ -196,8 +195,7 @@ class TrainingRun:
             )
 
     def _evaluate(self, iteration: int, model: nn.Module) -> None:
-        self.result = self.evaluate(model)
-        entry = {"iteration": iteration, "mAP": self.result["mAP"]}
+        entry = {"iteration": iteration, "mAP": self.evaluate(model)["mAP"]}
         best = entry["mAP"] > max((other["mAP"] for other in self.evaluations), default=-1.0)
         self.evaluations.append(entry)
         if is_main_process():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -56,6 +57,9 @@ def test_train_leaves_what_it_says(run_folder):
         "run.json",
         "ap.png",
         "detections.png",
+        "report.html",
+        "detection-results",
+        "ground-truth",
     }
     metrics = json.loads((run_folder / "run/metrics.json").read_text())
     assert 0 <= metrics["mAP"] <= 1 and set(metrics["AP"]) <= set(metrics["num_detections"])
@@ -125,13 +129,14 @@ def test_resume_finds_the_latest_training(run_folder, monkeypatch, capsys):
     monkeypatch.chdir(run_folder)
     train = ["train", "--data", str(run_folder / "shapes"), *SMALL, "--out", "runs/one"]
     assert fcos.main(train) == 0
-    before = Path("runs/one/metrics.json").read_bytes()
+    before = json.loads(Path("runs/one/metrics.json").read_text())
     Path("runs/one/metrics.json").unlink()  # as if it had been stopped after the last step
     shutil.copytree(run_folder / "shapes", "moved")
     resume = ["train", "--resume", "--workers", "0", "--data", "moved", "--eval-every", "7"]
     assert fcos.main(resume) == 0
     assert "going on with runs/one" in capsys.readouterr().out
-    assert Path("runs/one/metrics.json").read_bytes() == before
+    after = json.loads(Path("runs/one/metrics.json").read_text())
+    assert after == {**before, "data": str(run_folder / "moved"), "environment": ANY}
     description = json.loads(Path("runs/one/run.json").read_text())
     assert description["data"] == str(run_folder / "moved")
     assert description["options"]["eval_every"] == 7
@@ -181,6 +186,30 @@ def test_eval_export_and_score_agree(run_folder, capsys):
     assert "mAP@0.5" in capsys.readouterr().out
     assert fcos.main(arguments) == 2  # files of two exports would be scored together
     assert "--export" in capsys.readouterr().err
+
+
+def test_eval_writes_a_report_and_compares(run_folder, capsys):
+    checkpoint, data = str(run_folder / "run/checkpoint.pt"), str(run_folder / "shapes")
+    arguments = ["eval", checkpoint, "--data", data, "--workers", "0"]
+    before = set((run_folder / "run").iterdir())
+    assert fcos.main(arguments) == 0 and fcos.main(arguments) == 0
+    written = set((run_folder / "run").iterdir()) - before
+    assert len(written) == 2  # the second is beside the first
+    for folder in written:
+        assert folder.name.startswith("eval-val")
+        files = {"report.html", "metrics.json", "detection-results", "ground-truth"}
+        assert {path.name for path in folder.iterdir()} == files
+    capsys.readouterr()
+    other = ["--out", str(run_folder / "small"), "--image-size", "48", "--compare"]
+    assert fcos.main([*arguments, *other, str(run_folder / "run")]) == 0
+    assert f"against {run_folder / 'run'}, 95 % interval" in capsys.readouterr().out
+    comparison = json.loads((run_folder / "small/metrics.json").read_text())["comparison"]
+    assert comparison["with"] == str(run_folder / "run")
+    assert comparison["low"] <= comparison["high"]
+    report = (run_folder / "small/report.html").read_text(encoding="utf-8")
+    assert f"Compared with {run_folder / 'run'}" in report
+    assert fcos.main([*arguments, "--compare", str(run_folder / "shapes")]) == 2
+    assert "ground-truth" in capsys.readouterr().err
 
 
 def test_training_is_repeatable(run_folder):

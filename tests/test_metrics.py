@@ -7,6 +7,7 @@ import os
 import random
 import warnings
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ import torch
 from eecs598.metrics import (
     average_precision,
     format_table,
+    match_detections,
     plot_average_precision,
+    precision_recall_curves,
+    read_text_format,
     score_folder,
     write_text_format,
 )
@@ -274,6 +278,193 @@ def test_hand_counts(tmp_path, case):
     assert score_folder(folder)["AP"] == {"cat": pytest.approx(expected, abs=1e-12)}
 
 
+def row_of_boxes(count: int) -> torch.Tensor:
+    """Ten pixels wide each, ten pixels apart."""
+    left = 20.0 * torch.arange(count)
+    return torch.stack([left, torch.zeros(count), left + 9, torch.full((count,), 9.0)], dim=1)
+
+
+def one_class(boxes: torch.Tensor, num_truths: int, scores: list[float]) -> tuple:
+    """A call with one image and one class; the ground truth are the first boxes of the row."""
+    prediction = {"boxes": boxes, "labels": torch.zeros(len(boxes)), "scores": torch.tensor(scores)}
+    target = {"boxes": row_of_boxes(num_truths), "labels": torch.zeros(num_truths)}
+    return [prediction], [target], ["cat"]
+
+
+@pytest.mark.parametrize("found", range(1, 11))
+def test_eleven_points_reach_a_recall_that_floats_miss(found):
+    # 3 / 10 < 0.1 * 3 and 7 / 10 < 0.1 * 7 in floating point.
+    call = one_class(row_of_boxes(found), 10, [0.9] * found)
+    result = average_precision(*call, method="11-point")
+    assert result["mAP"] == pytest.approx((found + 1) / 11, abs=1e-12)
+    assert result["method"] == "11-point"
+    assert average_precision(*call)["mAP"] == pytest.approx(found / 10, abs=1e-12)
+    assert average_precision(*call)["method"] == "all-point"
+
+
+def test_eleven_points_of_a_folder(tmp_path):
+    # Precision 1, 1/2, 2/3 at recall 1/3, 1/3, 2/3: 1 up to 0.3, 2/3 up to 0.6. No dog is found.
+    truth, detections, _ = HAND_COUNTS["all points"]
+    folder = write_folder(
+        tmp_path, {"a": f"{truth}\ndog 0 0 9 9\ncow 0 0 9 9"}, {"a": f"{detections}\ncow 1 {FAR}"}
+    )
+    result = score_folder(folder, method="11-point")
+    assert result["AP"] == {"cat": pytest.approx((4 + 3 * 2 / 3) / 11), "dog": 0, "cow": 0}
+    with pytest.raises(ValueError, match="method must be one of all-point, 11-point, got '12'"):
+        score_folder(folder, method="12")
+    with pytest.raises(ValueError, match="method must be one of"):
+        average_precision(*one_image(), method="12")
+
+
+def test_eleven_points_agree_with_fractions(tmp_path):
+    for seed in range(20):
+        folder = random_folder(tmp_path / str(seed), random.Random(2000 + seed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, *call = read_text_format(folder)
+            result = score_folder(folder, method="11-point")
+        matches = match_detections(*call)
+        for name, ap in result["AP"].items():
+            label = call[-1].index(name)
+            words = matches.status[matches.label == label].tolist()
+            points, true, false = [], 0, 0
+            for word in words:
+                true, false = true + (word == "true"), false + (word == "false")
+                if word != "ignored":
+                    total = result["num_ground_truth"][name]
+                    points.append((Fraction(true, total), Fraction(true, true + false)))
+            best = [
+                max(
+                    (precision for recall, precision in points if recall >= Fraction(k, 10)),
+                    default=0,
+                )
+                for k in range(11)
+            ]
+            assert ap == pytest.approx(float(sum(best) / 11), abs=1e-12), (seed, name)
+
+
+# ---------------------------------------------------------------------------------------------
+# Matches and curves
+# ---------------------------------------------------------------------------------------------
+
+
+def test_matches_of_two_images():
+    boxes = row_of_boxes(4)
+    part = boxes[1] - torch.tensor([0, 0, 0, 4])  # 60 % of box 1
+    predictions = [
+        {
+            "boxes": torch.stack([boxes[0], part, boxes[2], boxes[0], boxes[3]]),
+            "labels": torch.zeros(5),
+            "scores": torch.tensor([0.5, 0.75, 0.25, 1.0, 0.125]),
+        },
+        {
+            "boxes": boxes[[1, 0]],
+            "labels": torch.tensor([1, 0]),  # no dog there; the cat ties with another image's
+            "scores": torch.tensor([0.875, 0.5]),
+        },
+    ]
+    targets = [
+        {
+            "boxes": boxes[:3],
+            "labels": torch.zeros(3, dtype=torch.int64),
+            "difficult": torch.tensor([False, False, True]),
+        },
+        {"boxes": boxes[:2], "labels": torch.tensor([0, 0])},
+    ]
+    matches = match_detections(predictions, targets, ["cat", "dog"])
+    assert matches.score.tolist() == [1.0, 0.875, 0.75, 0.5, 0.5, 0.25, 0.125]
+    assert matches.image.tolist() == [0, 1, 0, 0, 1, 0, 0]
+    assert matches.index.tolist() == [3, 0, 1, 0, 1, 2, 4]
+    assert matches.label.tolist() == [0, 1, 0, 0, 0, 0, 0]
+    assert matches.status.tolist() == ["true", "false", "true", "false", "true", "ignored", "false"]
+    assert matches.truth.tolist() == [0, -1, 1, 0, 3, 2, -1]
+    assert matches.overlap.tolist() == pytest.approx([1, -1, 0.6, 1, 1, 1, -1])
+    assert matches.matched.tolist() == [True, False, True, True, True, True, False]
+    assert np.array_equal(matches.false, matches.status == "false")
+    for detection, (image, index) in enumerate(zip(matches.image, matches.index, strict=True)):
+        assert matches.box[detection].tolist() == predictions[image]["boxes"][index].tolist()
+    assert matches.truth_image.tolist() == [0, 0, 0, 1, 1]
+    assert matches.truth_index.tolist() == [0, 1, 2, 0, 1]
+    assert matches.truth_found.tolist() == [True, True, False, True, False]
+    assert matches.num_ground_truth.tolist() == [4, 0]
+    # A match by 60 % is none at 0.7, and is still what the detection overlaps most.
+    stricter = match_detections(predictions, targets, ["cat", "dog"], 0.7)
+    assert stricter.truth.tolist() == matches.truth.tolist()
+    assert stricter.matched.tolist() == [True, False, False, True, True, True, False]
+
+
+def test_nothing_to_match():
+    nothing = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0), "scores": np.zeros(0)}
+    for images in ([], [nothing]):
+        matches = match_detections(images, images, ["cat"])
+        assert len(matches.score) == len(matches.truth_label) == 0
+        assert matches.num_images == len(images)
+        with pytest.raises(ValueError, match="no ground truth"):
+            precision_recall_curves(images, images, ["cat"])
+    predictions, targets, names = one_image()
+    result = average_precision([nothing], targets, names)
+    assert (result["mAP"], result["num_detections"]["cat"]) == (0, 0)
+    assert match_detections(predictions, [nothing], names).status.tolist() == ["false"]
+
+
+def test_precision_recall_curve_by_hand():
+    # True, then a true and a false one of equal score, false, true; 4 boxes.
+    boxes = row_of_boxes(9)[[0, 7, 1, 8, 2]]
+    predictions, targets, names = one_class(boxes, 4, [0.75, 0.5, 0.5, 0.25, 0.125])
+    curve = precision_recall_curves(predictions, targets, names)["cat"]
+    assert curve.scores.tolist() == [0.75, 0.5, 0.25, 0.125]
+    assert curve.recall.tolist() == [1 / 4, 2 / 4, 2 / 4, 3 / 4]
+    assert curve.precision.tolist() == [1, 2 / 3, 2 / 4, 3 / 5]
+    # F1 = 2 * true / (detections + boxes): 2/5, 4/7, 4/8, 6/9.
+    assert (curve.best_f1, curve.best_f1_threshold) == (6 / 9, 0.125)
+    assert json.loads(json.dumps(curve.to_dict())) == curve.to_dict()
+    assert curve.to_dict()["precision"] == curve.precision.tolist()
+    # Without the last, 4/7 is best, at the score of a tie; its order does not matter.
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+        fewer = [{key: value[order] for key, value in predictions[0].items()}]
+        curve = precision_recall_curves(fewer, targets, names)["cat"]
+        assert (curve.best_f1, curve.best_f1_threshold) == (4 / 7, 0.5)
+        assert curve.recall.tolist() == [1 / 4, 2 / 4, 2 / 4]
+
+
+def test_precision_recall_curves_of_special_classes():
+    boxes = row_of_boxes(4)
+    prediction = {  # dog twice on a difficult box, cow off its box, ghost without one
+        "boxes": torch.stack([boxes[0], boxes[0], boxes[1], boxes[3] + 100, boxes[3]]),
+        "labels": torch.tensor([1, 1, 1, 2, 3]),
+        "scores": torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]),
+    }
+    target = {
+        "boxes": boxes,
+        "labels": torch.tensor([1, 1, 0, 2]),
+        "difficult": torch.tensor([True, False, False, False]),
+    }
+    curves = precision_recall_curves([prediction], [target], ["cat", "dog", "cow", "ghost"])
+    assert list(curves) == ["cat", "dog", "cow"]
+    assert len(curves["cat"].recall) == len(curves["cat"].scores) == 0
+    assert (curves["cat"].best_f1, curves["cat"].best_f1_threshold) == (0.0, None)
+    assert (curves["dog"].recall.tolist(), curves["dog"].precision.tolist()) == ([1], [1])
+    assert curves["dog"].best_f1_threshold == pytest.approx(0.7)
+    assert curves["cow"].precision.tolist() == [0]
+    assert (curves["cow"].best_f1, curves["cow"].best_f1_threshold) == (0, pytest.approx(0.6))
+
+
+def test_the_threshold_of_the_best_f1_gives_it():
+    predictions, targets = random_images(5)
+    for label, curve in enumerate(precision_recall_curves(predictions, targets, NAMES).values()):
+        kept = [
+            {key: value[image["scores"] >= curve.best_f1_threshold] for key, value in image.items()}
+            for image in predictions
+        ]
+        result = average_precision(kept, targets, NAMES)
+        true, total = (
+            list(result[column].values())[label]
+            for column in ("true_positives", "num_ground_truth")
+        )
+        false = list(result["false_positives"].values())[label]
+        assert curve.best_f1 == pytest.approx(2 * true / (true + false + total))
+
+
 def test_touching_boxes_share_no_pixel_even_for_threshold_0(tmp_path):
     folder = write_folder(tmp_path, {"a": "cat 0 0 9 9"}, {"a": "cat .9 10 0 19 9"})
     assert score_folder(folder, 0.0)["mAP"] == 0.0
@@ -299,6 +490,7 @@ def test_counts_of_a_small_folder(tmp_path):
         "mAP": 0.5,  # cat 1, cow 0, dog 1/2; bird is difficult only, ghost is detected only
         "AP": {"cat": 1.0, "cow": 0.0, "dog": 0.5},
         "iou_threshold": 0.5,
+        "method": "all-point",
         "num_images": 3,
         "num_ground_truth": {"bird": 0, "cat": 1, "cow": 1, "dog": 1, "ghost": 0},
         "num_detections": {"bird": 1, "cat": 3, "cow": 0, "dog": 2, "ghost": 1},
@@ -360,6 +552,32 @@ def test_missing_detections_warn_and_count_as_missed(tmp_path):
         result = score_folder(folder)
     assert result["mAP"] == pytest.approx(1 / 6)
     assert result["num_images"] == 6
+    for read in (read_text_format, score_folder):
+        with pytest.warns(UserWarning, match="missing") as caught:
+            read(folder)
+        assert caught[0].filename == __file__  # the line to look at is the caller's
+
+
+def test_read_text_format(tmp_path):
+    folder = write_folder(
+        tmp_path,
+        {"b": "dog 0 0 9 9 difficult\ncat 1 2 3 4", "a-1": "", "a": "cat 0 0 0.1 9"},
+        {"b": "", "a-1": "ghost .25 0 0 9 9\ncat 0.1 1 2 3 4", "a": ""},
+    )
+    read = read_text_format(folder)
+    assert read.image_names == ["a-1", "a", "b"]  # the order of the files: "-" before "."
+    assert read.class_names == ["cat", "dog", "ghost"]
+    found = [{key: value.tolist() for key, value in image.items()} for image in read.predictions]
+    nothing = {"boxes": [], "labels": [], "scores": []}
+    boxes = [[0, 0, 9, 9], [1, 2, 3, 4]]
+    assert found == [{"boxes": boxes, "labels": [2, 0], "scores": [0.25, 0.1]}, nothing, nothing]
+    assert [image["boxes"].tolist() for image in read.targets] == [[], [[0, 0, 0.1, 9]], boxes]
+    assert [image["labels"].tolist() for image in read.targets] == [[], [0], [1, 0]]
+    assert [image["difficult"].tolist() for image in read.targets] == [[], [False], [True, False]]
+    assert read.predictions[1]["boxes"].shape == read.targets[0]["boxes"].shape == (0, 4)
+    assert read.targets[0]["difficult"].dtype == torch.bool
+    with pytest.raises(ValueError, match="2 images of .* have no ground truth box at all"):
+        read_text_format(write_folder(tmp_path / "empty", {"1": "", "2": ""}, {"1": "", "2": ""}))
 
 
 @pytest.mark.parametrize(
@@ -466,6 +684,12 @@ def test_files_score_exactly_as_tensors(tmp_path):
         assert from_files[column] == from_tensors[column]
     expected = slow_score(tmp_path)
     assert from_files["AP"] == pytest.approx(expected["AP"], abs=1e-9)
+    read = read_text_format(tmp_path)
+    for image, target in zip(read.targets, targets, strict=True):
+        assert image["boxes"].tolist() == target["boxes"].tolist()  # to the last digit
+    assert [len(image["scores"]) for image in read.predictions] == [
+        len(image["scores"]) for image in predictions
+    ]
     assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".txt"] * 2 * len(targets)
 
 
