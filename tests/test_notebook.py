@@ -311,6 +311,7 @@ def test_leaves_results(run):
     assert 0 <= metrics["mAP"] <= 1 and set(metrics["AP"]) <= set(CLASSES)
     assert f"mAP@0.5: {100 * metrics['mAP']:.2f} %" in outputs_of(notebook, "summary")[0]
     assert (results / "ap.png").stat().st_size > 1000
+    assert "Precision and recall" in (results / "report.html").read_text(encoding="utf-8")
 
     state = torch.load(results / "fcos_detector.pt", weights_only=True)
     assert len(state["pred_net.pred_cls.bias"]) == len(class_names(folder / "data"))
