@@ -314,7 +314,7 @@ def _difficult(target: Mapping[str, Tensor]) -> Tensor:
 
 def _mistakes(analysis: Analysis) -> list[dict[str, Any]]:
     """The most telling mistakes of each kind and class, each with a picture."""
-    described = (_mistake(analysis.evaluation, *which) for which in _telling_mistakes(analysis))
+    described = (_mistake(analysis, *which) for which in _telling_mistakes(analysis))
     return [mistake for mistake in described if mistake is not None]
 
 
@@ -344,8 +344,9 @@ def _telling_mistakes(analysis: Analysis) -> list[tuple[str, int, int]]:
     return [which for _, _, *which in sorted(ranked)[:MAX_MISTAKES]]
 
 
-def _mistake(evaluation: Evaluation, kind: str, image: int, index: int) -> dict[str, Any] | None:
+def _mistake(analysis: Analysis, kind: str, image: int, index: int) -> dict[str, Any] | None:
     """What the page says and shows of a mistake; None without a picture."""
+    evaluation = analysis.evaluation
     found, target = evaluation.predictions[image], evaluation.targets[image]
     missed = kind == "missed"
     own, others = (target, found) if missed else (found, target)
@@ -360,16 +361,19 @@ def _mistake(evaluation: Evaluation, kind: str, image: int, index: int) -> dict[
     if not missed:
         boxes.append(("found", box))
     around = box
+    # What the mistake is about, and otherwise what is nearest.
     overlaps = box_iou(box[None], others["boxes"].float())[0]
-    if len(overlaps) and overlaps.max() > 0:
-        nearest = int(overlaps.argmax())
-        partner = others["boxes"][nearest].float()
-        around = torch.cat([torch.minimum(box, partner)[:2], torch.maximum(box, partner)[2:]])
-        partner_name = evaluation.class_names[int(others["labels"][nearest])]
+    partner = -1 if missed else int(analysis.errors.concerns[image][index])
+    if partner < 0 and len(overlaps) and overlaps.max() > 0:
+        partner = int(overlaps.argmax())
+    if partner >= 0:
+        other = others["boxes"][partner].float()
+        around = torch.cat([torch.minimum(box, other)[:2], torch.maximum(box, other)[2:]])
+        other_name = evaluation.class_names[int(others["labels"][partner])]
         what = "nearest detection:" if missed else "on"
-        text += f"; {what} {partner_name}, IoU {float(overlaps[nearest]):.2f}"
+        text += f"; {what} {other_name}, IoU {float(overlaps[partner]):.2f}"
         if missed:
-            boxes.append(("found", partner))
+            boxes.append(("found", other))
     picture = _cut_out(evaluation, image, around, boxes)
     if picture is None:
         return None

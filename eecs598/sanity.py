@@ -128,7 +128,11 @@ def find_smells(
     scale = _extents(images)
     smells += scale
     if not scale:  # places mean nothing in another scale
-        smells += _mirrored(images, class_names) or _shifted_or_scaled(images)
+        correlation, num_pairs = _place_correlation(images)
+        smells += _mirrored(images, class_names, correlation, num_pairs)
+        # Only detections that follow their objects can be off them in one direction.
+        if _follow(correlation.diag().min().item(), num_pairs):
+            smells += _shifted_or_scaled(images)
     return sorted(smells, key=lambda smell: smell.severity)  # "error" before "warning"
 
 
@@ -354,7 +358,9 @@ def _outside(what: str, boxes: Tensor, sizes: Tensor) -> Smell | None:
 # --------------------------------------------------------------------------------------------
 
 
-def _mirrored(images: list[_Image], class_names: Sequence[str]) -> list[Smell]:
+def _mirrored(
+    images: list[_Image], class_names: Sequence[str], correlation: Tensor, num_pairs: int
+) -> list[Smell]:
     """Where detections lie, compared with where the objects of their class lie.
 
     Compared by correlation over the data set, and not by overlap, for three reasons. It needs no
@@ -364,9 +370,6 @@ def _mirrored(images: list[_Image], class_names: Sequence[str]) -> list[Smell]:
     column (i W + j) // H and row (i W + j) mod H. The column still follows the row, by W / H; the
     row is scrambled.
     """
-    correlation, num_pairs = _place_correlation(images)
-    if num_pairs < MIN_PAIRS:
-        return []
     (xx, xy), (yx, yy) = correlation.tolist()
     numbers = (
         f"In {num_pairs} pairs, the horizontal place of detections correlates with the horizontal "
@@ -390,7 +393,7 @@ def _mirrored(images: list[_Image], class_names: Sequence[str]) -> list[Smell]:
         ("mirrored_left_right", "from left to right", xx),
         ("mirrored_upside_down", "upside down", yy),
     ):
-        if value < -MIN_CORRELATION and _deviations(value, num_pairs) < -SIGNIFICANT:
+        if _follow(-value, num_pairs):
             smells.append(
                 Smell(
                     name,
@@ -407,53 +410,57 @@ def _place_correlation(images: list[_Image]) -> tuple[Tensor, int]:
     """Correlations of the places of detections (rows: x, y) and of objects (columns: x, y).
 
     A pair is an image and a class: the mean centre of its m objects there, and that of its m most
-    confident detections. Places are shares of width and height, less the mean over their class,
-    since a class that is always at the top would correlate with whatever always lies left.
+    confident detections. The more confident half of the pairs is used, since the rest is largely
+    guesses. Places are shares of width and height, less the mean over their class, or a class
+    that is always at the top would correlate with whatever always lies left.
 
     Returns:
-        ``(2, 2)`` correlations, and the number of pairs less the number of classes.
+        ``(2, 2)`` correlations, and the number of pairs less the number of classes; zeros for too
+        few.
     """
-    rows, labels = [], []
+    rows, labels, scores = [], [], []
     for image in images:
         for label in image.true_labels.unique().tolist():
             true_boxes = image.true_boxes[image.true_labels == label]
             of_class = image.labels == label
-            order = image.scores[of_class].argsort(descending=True, stable=True)
-            best = image.boxes[of_class][order[: len(true_boxes)]]
+            order = image.scores[of_class].argsort(descending=True, stable=True)[: len(true_boxes)]
+            best = image.boxes[of_class][order]
             if len(best):
-                places = [
-                    (_centers(boxes) / image.size).mean(dim=0) for boxes in (best, true_boxes)
-                ]
-                rows.append(torch.cat(places))
+                centers = [_centers(boxes).mean(dim=0) / image.size for boxes in (best, true_boxes)]
+                rows.append(torch.cat(centers))
                 labels.append(label)
-    if not rows:
+                scores.append(image.scores[of_class][order].mean())
+    if len(rows) < 2 * MIN_PAIRS:
         return torch.zeros(2, 2), 0
-    places, labels = torch.stack(rows), torch.tensor(labels)  # (P, 4), (P,)
+    confident = torch.stack(scores).argsort(descending=True, stable=True)[: (len(rows) + 1) // 2]
+    places, labels = torch.stack(rows)[confident], torch.tensor(labels)[confident]  # (P, 4), (P,)
     for label in labels.unique():
         places[labels == label] -= places[labels == label].mean(dim=0)
+    num_pairs = len(places) - len(labels.unique())
+    if num_pairs < MIN_PAIRS // 2:
+        return torch.zeros(2, 2), 0
     # Places that never differ correlate with nothing.
-    correlation = torch.corrcoef(places.T)[:2, 2:].nan_to_num(0.0)
-    return correlation, len(rows) - len(labels.unique())
+    return torch.corrcoef(places.T)[:2, 2:].nan_to_num(0.0), num_pairs
 
 
 def _deviations(correlation: float, num_pairs: int) -> float:
     """How many standard deviations a correlation is from 0 (Fisher's z)."""
-    return math.atanh(max(-0.999, min(0.999, correlation))) * math.sqrt(num_pairs - 3)
+    return math.atanh(max(-0.999, min(0.999, correlation))) * math.sqrt(max(0, num_pairs - 3))
+
+
+def _follow(correlation: float, num_pairs: int) -> bool:
+    """Whether a correlation is there, large and beyond chance."""
+    return correlation > MIN_CORRELATION and _deviations(correlation, num_pairs) > SIGNIFICANT
 
 
 def _exceeds(swapped: float, right: float, num_pairs: int) -> bool:
     """Whether places follow the other axis, and follow it more than their own."""
     by = (_deviations(swapped, num_pairs) - _deviations(right, num_pairs)) / math.sqrt(2)
-    return (
-        swapped > MIN_CORRELATION
-        and swapped - right > MIN_DIFFERENCE
-        and _deviations(swapped, num_pairs) > SIGNIFICANT
-        and by > 2
-    )
+    return _follow(swapped, num_pairs) and swapped - right > MIN_DIFFERENCE and by > 2
 
 
 def _mirrored_back(images: list[_Image], class_names: Sequence[str]) -> str:
-    """What mAP becomes with the boxes mirrored across the diagonal; empty where it does not rise."""
+    """What mAP would be with the boxes mirrored across the diagonal; empty unless it is higher."""
     as_is, centers, corners = (
         average_precision(
             [
@@ -617,9 +624,10 @@ def find_folder_smells(
         smells.append(
             Smell(
                 "ground_truth_missing",
-                f"{_listed(left_out)} of the data set have no file in {GROUND_TRUTH_FOLDER}/: their "
-                "objects are not counted as missed. Usual cause: an image without detections is "
-                "skipped together with its ground truth. Write both files for every image.",
+                f"{_listed(left_out)} of the data set have no file in {GROUND_TRUTH_FOLDER}/, so "
+                "their objects are not counted as missed. Usual cause: an image without "
+                "detections is skipped together with its ground truth. Write both files for every "
+                "image.",
                 "error",
             )
         )
@@ -655,9 +663,9 @@ def _skipped_images(
             "images_without_detections_missing",
             f"All {len(targets)} images have detections, though about {expected:.0f} more would be "
             f"expected to have none: {right_alone} have right ones alone, {wrong_alone} wrong ones "
-            f"alone, {both} both. Usual cause: an image without detections is skipped together with "
-            "its ground truth, and its objects are not counted as missed. Compare the number of "
-            f"files in {GROUND_TRUTH_FOLDER}/ with that of the images.",
+            f"alone, {both} both. Usual cause: an image without detections is skipped together "
+            "with its ground truth, and its objects are not counted as missed. Compare the number "
+            f"of files in {GROUND_TRUTH_FOLDER}/ with that of the images.",
             "warning",
         )
     ]
