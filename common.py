@@ -217,7 +217,13 @@ def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
 
 
 class _NamedStages(nn.Module):
-    """Give names to three of the feature maps that a timm network returns as a list."""
+    """Give names to three of the feature maps that a timm network returns as a list.
+
+    Images are filled up with zeros to sides that the coarsest stride divides, at the right and at
+    the bottom, and the maps cut back to ``ceil(side / stride)``. Networks with TensorFlow's "same"
+    padding distribute it by the parity of each side, so that on other sizes than those of the
+    training the maps, and with them all boxes, would be shifted by up to half a stride a level.
+    """
 
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
         super().__init__()
@@ -225,8 +231,13 @@ class _NamedStages(nn.Module):
         self.indices = indices
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.model(images)
-        return {stage: features[i] for stage, i in zip(STAGE_STRIDES, self.indices, strict=True)}
+        height, width = images.shape[-2:]
+        coarsest = max(STAGE_STRIDES.values())
+        features = self.model(F.pad(images, (0, -width % coarsest, 0, -height % coarsest)))
+        return {
+            stage: features[i][..., : math.ceil(height / stride), : math.ceil(width / stride)]
+            for (stage, stride), i in zip(STAGE_STRIDES.items(), self.indices, strict=True)
+        }
 
 
 def _load_backbone_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:

@@ -125,6 +125,19 @@ def test_unsuitable_backbones_are_named(name, words):
     assert name in str(error.value)
 
 
+def test_timm_features_stay_in_place_whatever_the_size_of_the_image():
+    """TensorFlow's "same" padding would move them: it depends on whether a side is even."""
+    pytest.importorskip("timm")
+    model = DetectorBackboneWithFPN(8, backbone="timm:tf_efficientnet_lite0", weights=None)
+    images = torch.rand(1, 3, 53, 85)
+    filled_up = nn.functional.pad(images, (0, 11, 0, 11))
+    with torch.no_grad():
+        features, expected = model.eval().backbone(images), model.backbone(filled_up)
+    for stage, (height, width) in {"c3": (7, 11), "c4": (4, 6), "c5": (2, 3)}.items():
+        assert features[stage].shape[-2:] == (height, width)
+        assert torch.equal(features[stage], expected[stage][..., :height, :width])
+
+
 def test_unknown_timm_network():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="timm has no network"):
