@@ -16,6 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.feature_extraction import create_feature_extractor
 
 __all__ = [
@@ -427,55 +428,87 @@ def class_spec_nms(
     return _greedy_nms(boxes, scores, class_ids, iou_threshold)
 
 
-# Boxes resolved against each other at a time. Memory grows with this times the number of boxes.
-_NMS_BLOCK = 256
+# How many pairs of boxes are compared at a time: few enough to stay in the processor's cache.
+_NMS_PAIRS = 2**17
+_NMS_BLOCK = 128
 
 
 def _greedy_nms(
     boxes: Tensor, scores: Tensor, class_ids: Tensor | None, iou_threshold: float
 ) -> Tensor:
+    """Block by block: settle the best boxes among themselves, then drop what they overlap.
+
+    A row of indices for each class, all rows side by side. Rows are filled up with -1, which
+    stands for a box of NaN: it has an IoU with nothing.
+    """
     boxes = at_least_float32(boxes)
     threshold = _largest_not_above(iou_threshold, boxes.dtype)
-    remaining = scores.argsort(descending=True, stable=True)
-    kept: list[Tensor] = []
+    sides = F.pad(boxes, (0, 0, 0, 1), value=math.nan).T.contiguous()  # (4, K + 1)
+    by_score = scores.argsort(descending=True, stable=True)
+    rows = _class_rows(by_score, class_ids)  # (C, n)
+    block_size = min(_NMS_BLOCK, math.ceil(math.sqrt(_NMS_PAIRS / max(1, len(rows)))))
 
-    def suppresses(first: Tensor, second: Tensor) -> Tensor:
-        overlap = _pairwise_iou(boxes[first], boxes[second]) > threshold
-        if class_ids is not None:
-            overlap &= class_ids[first][:, None] == class_ids[second]
-        return overlap
+    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    while rows.numel() > 0:
+        block, rest = rows[:, :block_size], rows[:, block_size:]
+        winners = _survivors(sides[:, block], threshold) & (block >= 0)
+        keep[block[winners]] = True
+        if rest.numel() == 0:
+            break
+        first = sides[:, _packed(block, winners)]
+        suppressed = [
+            (_pairwise_iou(first, sides[:, part]) > threshold).any(dim=1)
+            for part in rest.split(max(1, _NMS_PAIRS // first[0].numel()), dim=1)
+        ]
+        rows = _packed(rest, (rest >= 0) & ~torch.cat(suppressed, dim=1))
+    return by_score[keep[by_score]]
 
-    while remaining.numel() > 0:
-        block, rest = remaining[:_NMS_BLOCK], remaining[_NMS_BLOCK:]
-        # conflict[i, j]: box i, when kept, removes the later box j.
-        conflict = suppresses(block, block).triu(diagonal=1)
-        # Which boxes survive depends only on earlier ones, so repeating the rule settles at least
-        # one more box a round and ends at the one greedy answer, in practice after a few rounds.
-        survives = torch.ones_like(block, dtype=torch.bool)
-        while True:
-            updated = ~(conflict & survives[:, None]).any(dim=0)
-            if torch.equal(updated, survives):
-                break
-            survives = updated
-        winners = block[survives]
-        kept.append(winners)
-        remaining = rest[~suppresses(winners, rest).any(dim=0)]
-    return torch.cat(kept) if kept else remaining
+
+def _class_rows(by_score: Tensor, class_ids: Tensor | None) -> Tensor:
+    """Indices (K,) of boxes as one row (C, n) a class, in their order; no boxes, no rows."""
+    if class_ids is None:
+        return by_score[None]
+    sorted_ids, order = class_ids[by_score].sort(stable=True)
+    counts = sorted_ids.unique_consecutive(return_counts=True)[1]
+    return _padded(by_score[order].split(counts.tolist()))
+
+
+def _packed(rows: Tensor, keep: Tensor) -> Tensor:
+    """Rows (C, n) without what is not kept (C, n); rows with nothing left are dropped."""
+    return _padded([row for row in rows[keep].split(keep.sum(dim=1).tolist()) if len(row)])
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=-1) if rows else torch.empty(0, 0)
+
+
+def _survivors(sides: Tensor, threshold: float) -> Tensor:
+    """Which boxes NMS keeps in rows (4, C, n) of boxes by falling score: (C, n)."""
+    # conflict[c, i, j]: box i, when kept, removes the later box j.
+    conflict = (_pairwise_iou(sides, sides) > threshold).triu(diagonal=1).to(sides.dtype)
+    # Whether a box survives depends only on earlier ones, so repeating the rule settles at least
+    # one more box a round and ends at the one greedy answer, in practice after a few rounds.
+    survives = torch.ones_like(sides[0])
+    while True:
+        updated = (survives[:, None].bmm(conflict)[:, 0] == 0).to(sides.dtype)
+        if torch.equal(updated, survives):
+            return survives.bool()
+        survives = updated
 
 
 def _pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of every box of ``first`` (n, 4) with every box of ``second`` (m, 4): (n, m).
+    """IoU of all pairs of boxes in each row: (4, C, n), (4, C, m) -> (C, n, m).
 
-    Degenerate pairs with no area give NaN, which is above no threshold. The order of operations
-    is torchvision's, so that both round alike.
+    Degenerate pairs with no area give NaN, which is above no threshold; disjoint boxes give 0 or
+    less. The order of operations is torchvision's, so that both round alike.
     """
-    area_first = (first[:, 2] - first[:, 0]) * (first[:, 3] - first[:, 1])
-    area_second = (second[:, 2] - second[:, 0]) * (second[:, 3] - second[:, 1])
-    left_top = torch.maximum(first[:, None, :2], second[:, :2])
-    right_bottom = torch.minimum(first[:, None, 2:], second[:, 2:])
-    sides = (right_bottom - left_top).clamp_(min=0)
-    intersection = sides[..., 0] * sides[..., 1]
-    return intersection / (area_first[:, None] + area_second - intersection)
+    x1, y1, x2, y2 = first[..., None]
+    other_x1, other_y1, other_x2, other_y2 = second[:, :, None]
+    width = torch.minimum(x2, other_x2).sub_(torch.maximum(x1, other_x1)).clamp_(min=0)
+    height = torch.minimum(y2, other_y2).sub_(torch.maximum(y1, other_y1))
+    intersection = width.mul_(height)
+    areas = (x2 - x1) * (y2 - y1) + (other_x2 - other_x1) * (other_y2 - other_y1)
+    return intersection.div_(areas.sub_(intersection))
 
 
 def _largest_not_above(value: float, dtype: torch.dtype) -> float:
