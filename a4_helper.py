@@ -38,6 +38,13 @@ from eecs598.distributed import (
 )
 from eecs598.evaluation import Evaluation
 from eecs598.files import replacing
+from eecs598.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    normalized,
+    read_image,
+    resize_shorter_side,
+)
 from eecs598.metrics import write_text_format
 from eecs598.optimization import (
     learning_rate_factor,
@@ -65,10 +72,6 @@ __all__ = [
     "train_detector",
     "unnormalize",
 ]
-
-# Statistics of the images that the pretrained backbones were trained on.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def hello_helper() -> None:
@@ -148,7 +151,7 @@ class VOC2007DetectionTiny(Dataset):
         """
         image, boxes = self.load(index)
         original_width, original_height = image.size
-        image = TF.resize(image, self.image_size)
+        image = resize_shorter_side(image, self.image_size)
         width, height = image.size
         boxes[:, 0:4:2] *= width / original_width
         boxes[:, 1:4:2] *= height / original_height
@@ -163,7 +166,8 @@ class VOC2007DetectionTiny(Dataset):
     def load(self, index: int) -> tuple[Image.Image, Tensor]:
         """The image as it is in its file, in RGB, and its boxes ``(M, 5)`` in those pixels."""
         path, boxes = self.instances[index]
-        return _read_image(path), boxes.clone()
+        # The boxes are those of the pixels as they are stored.
+        return read_image(path, upright=False), boxes.clone()
 
 
 class AugmentedTrainingSet(Dataset):
@@ -200,18 +204,9 @@ def _make_item(
     path: Path, image: Image.Image, boxes: Tensor, max_boxes: int
 ) -> tuple[str, Tensor, Tensor]:
     """Normalise an image and pad its boxes."""
-    pixels = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
     padded = torch.full((max_boxes, 5), -1.0)
     padded[: len(boxes)] = boxes
-    return str(path), pixels, padded
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # damaged files raise whatever the decoder ran into
-        raise ValueError(f"{path} can't be read as an image: {error}") from error
+    return str(path), normalized(image), padded
 
 
 def _crop_boxes(boxes: Tensor, left: int, top: int, side: int) -> Tensor:

@@ -55,8 +55,8 @@ SHEET_IMAGES = 12
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
-    The exit status is 0, 1 for data with errors, 2 for wrong input, and 128 plus the number of a
-    signal that ended it.
+    The exit status is 0, 1 for data with errors or missing points, 2 for wrong input, and 128 plus
+    the number of a signal that ended it.
     """
     args = _parser().parse_args(argv)
     try:
@@ -615,7 +615,7 @@ def _predict(args: argparse.Namespace) -> int:
     from eecs598.training_run import ignore_signals
 
     paths = find_images(args.images)
-    detector, settings, classes = _load_predictor(args)
+    detector, settings, classes = _load_detector(args)
     device = _device(args.device)
     detector.to(device).eval()
     out = _make_empty(Path(args.out), "--out")
@@ -672,46 +672,14 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if skipped else 0
 
 
-def _load_predictor(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:
-    """As ``_load_detector``; the class names of a plain state dict may come without data."""
-    from eecs598.checkpoint import load_checkpoint
-    from eecs598.voc import VOC2007_CLASSES
-
-    checkpoint = load_checkpoint(args.checkpoint)
-    if checkpoint["classes"] is not None and args.classes is not None:
-        raise ValueError(
-            f"{args.checkpoint} knows its classes: {', '.join(checkpoint['classes'])}. Leave out "
-            "--classes, which is for plain state dicts."
-        )
-    if checkpoint["classes"] is not None or args.data is not None:
-        return _load_detector(args)
-    state = checkpoint["model"]
-    settings = _settings_of(state, args)
-    count = len(state["pred_net.pred_cls.bias"])
-    classes = args.classes.split(",") if args.classes is not None else list(VOC2007_CLASSES)
-    if len(classes) != count:
-        raise ValueError(
-            f"{args.checkpoint} is a plain state dict without class names; it knows {count} "
-            f"classes. Name them with --classes A,B,C ({len(classes)} names given or assumed), or "
-            "give the data set with --data."
-        )
-    if args.classes is None:
-        print(f"fcos: {args.checkpoint} has no class names; those of VOC assumed", file=sys.stderr)
-    if args.image_size is not None:
-        settings = dataclasses.replace(settings, image_size=args.image_size)
-    detector = _build_detector(settings, count, "none")
-    try:
-        detector.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{args.checkpoint} fits no {settings.backbone}: {error}") from error
-    return detector, settings, classes
-
-
 def _score(args: argparse.Namespace) -> None:
     from eecs598.metrics import score_folder
+    from eecs598.sanity import find_folder_smells
 
     figure = args.figure if args.figure is not None else Path(args.folder) / "ap.png"
     _report(score_folder(args.folder), json_path=args.json, figure_path=figure)
+    for smell in find_folder_smells(args.folder):
+        print(f"warning: {smell.message}", file=sys.stderr)
 
 
 def _data_check(args: argparse.Namespace) -> int:
@@ -851,6 +819,11 @@ def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]
 
     checkpoint = load_checkpoint(args.checkpoint)
     state, classes = checkpoint["model"], checkpoint["classes"]
+    if classes is not None and getattr(args, "classes", None) is not None:
+        raise ValueError(
+            f"{args.checkpoint} knows its classes: {', '.join(classes)}. Leave out --classes, "
+            "which is for plain state dicts."
+        )
     if checkpoint["settings"] is None:
         settings = _settings_of(state, args)
         classes = _classes_of(state, args)
@@ -890,18 +863,24 @@ def _settings_of(state: dict[str, Any], args: argparse.Namespace) -> Settings:
 
 
 def _classes_of(state: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """The class names of a plain state dict: those of the data, or VOC's where they fit."""
+    """The class names of a plain state dict: given, those of the data, or VOC's where they fit."""
     from eecs598.datasets import class_names
     from eecs598.voc import VOC2007_CLASSES
 
-    names, count = class_names(args.data), len(state["pred_net.pred_cls.bias"])
-    if count == len(VOC2007_CLASSES) and set(names) <= set(VOC2007_CLASSES):
-        return list(VOC2007_CLASSES)
+    count = len(state["pred_net.pred_cls.bias"])
+    if getattr(args, "classes", None) is not None:
+        names = args.classes.split(",")
+    else:
+        names = class_names(args.data) if args.data is not None else []
+        if count == len(VOC2007_CLASSES) and set(names) <= set(VOC2007_CLASSES):
+            if args.data is None:
+                print(f"fcos: no class names in {args.checkpoint}; VOC assumed", file=sys.stderr)
+            return list(VOC2007_CLASSES)
     if count != len(names):
         raise ValueError(
-            f"{args.checkpoint} knows {count} classes and {args.data} has {len(names)}: {names}. A "
-            "plain state dict has no class names; evaluate it on data with the classes that it was "
-            "trained on."
+            f"{args.checkpoint} knows {count} classes; {len(names)} names were given: {names}. A "
+            "plain state dict has no class names; give those that it was trained on, by the data "
+            "or, for pictures, as --classes A,B,C."
         )
     return names
 

@@ -160,7 +160,7 @@ def class_color(label: int) -> tuple[int, int, int]:
     """The colour of a class, RGB in 0..255; always the same, and unlike those of its neighbours."""
     # Steps of the golden ratio keep any number of hues apart; the brightness changes, too.
     hue = (0.02 + 0.618034 * label) % 1
-    saturation, value = ((0.9, 0.95), (0.55, 1.0), (0.95, 0.65))[label % 3]
+    saturation, value = ((0.9, 0.95), (0.55, 1.0), (0.8, 0.8))[label % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 

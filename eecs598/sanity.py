@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,14 +126,14 @@ def find_smells(
     smells = _broken_numbers(images)
     images = [_without_broken(image) for image in images]
     smells += _scores_and_classes(images, class_names)
-    scale = _extents(images)
-    smells += scale
-    if not scale:  # places mean nothing in another scale
-        correlation, num_pairs = _place_correlation(images)
-        smells += _mirrored(images, class_names, correlation, num_pairs)
-        # Only detections that follow their objects can be off them in one direction.
-        if _follow(correlation.diag().min().item(), num_pairs):
-            smells += _shifted_or_scaled(images)
+    extents = _extents(images)
+    correlation, num_pairs = _place_correlation(images)
+    mirrored = _mirrored(images, class_names, correlation, num_pairs)
+    smells += extents + mirrored
+    # Only detections that follow their objects can be off them in one direction.
+    follow = _follow(correlation.diag().min().item(), num_pairs)
+    if follow and not extents and not mirrored:
+        smells += _shifted_or_scaled(images)
     return sorted(smells, key=lambda smell: smell.severity)  # "error" before "warning"
 
 
@@ -325,7 +326,7 @@ _NONE = torch.zeros(0, 2, dtype=torch.float64)
 
 
 def _outside(what: str, boxes: Tensor, sizes: Tensor) -> Smell | None:
-    """Boxes (K, 4) in 0..1, or beyond the edges of their images (K, 2)."""
+    """Boxes (K, 4) in 0..1, or outside of their images of width and height (K, 2)."""
     if not len(boxes):
         return None
     words = what.replace("_", " ")
@@ -337,18 +338,18 @@ def _outside(what: str, boxes: Tensor, sizes: Tensor) -> Smell | None:
             "height. Boxes have to be in pixels. Look at how they are written or read.",
             "error",
         )
-    margin = 2 + 0.01 * sizes.repeat(1, 2)
-    leaves = ((boxes < -margin) | (boxes > sizes.repeat(1, 2) + margin)).any(dim=1)
-    share = leaves.double().mean()
+    # A detector that doesn't clip its boxes lets them reach over the edge, but not lie beyond it.
+    centers = _centers(boxes)
+    share = ((centers < 0) | (centers > sizes)).any(dim=1).double().mean()
     if share <= 0.05:
         return None
     reach = (boxes[:, 2:] / sizes).quantile(0.95, dim=0)
     return Smell(
         f"{what}_outside",
-        f"{share:.0%} of the boxes of the {words} leave their image; they reach to {reach[0]:.0%} "
-        f"of its width and {reach[1]:.0%} of its height (95 % end before). Usual causes: pixels of "
-        "the original image and not of the resized one, width and height of the image mixed up, "
-        "boxes not clipped. Look at where boxes are scaled together with the image.",
+        f"{share:.0%} of the boxes of the {words} have their centre outside of the image; they "
+        f"reach to {reach[0]:.0%} of its width and {reach[1]:.0%} of its height (95 % end before). "
+        "Usual causes: pixels of the original image and not of the resized one, width and height "
+        "of the image mixed up. Look at where boxes are scaled together with the image.",
         "error",
     )
 
@@ -372,9 +373,9 @@ def _mirrored(
     """
     (xx, xy), (yx, yy) = correlation.tolist()
     numbers = (
-        f"In {num_pairs} pairs, the horizontal place of detections correlates with the horizontal "
-        f"one of the objects by {xx:.2f} and with the vertical one by {xy:.2f}; their vertical "
-        f"place by {yx:.2f} and {yy:.2f}."
+        f"Over {num_pairs} pairs of an image and a class, the horizontal place of detections "
+        f"correlates with the horizontal one of the objects by {xx:.2f} and with the vertical one "
+        f"by {xy:.2f}; their vertical place by {yx:.2f} and {yy:.2f}."
     )
     if _exceeds(xy, xx, num_pairs) or _exceeds(yx, yy, num_pairs):
         return [
@@ -525,20 +526,23 @@ def _shifted(pixels: Tensor, shares: Tensor, sides: Tensor) -> list[Smell]:
     if not (clear & _one_sided(shares)).any():
         return []
     by_size = []
-    for low, high, words in ((0, 64, "below 64"), (64, 128, "64 to 128"), (128, math.inf, "above")):
+    bands = (0, 64, "below 64 px"), (64, 128, "of 64 to 128 px"), (128, math.inf, "above 128 px")
+    for low, high, words in bands:
         of_size = (sides >= low) & (sides < high)
         if of_size.sum() >= MIN_PAIRS // 3:
             x, y = pixels[of_size].median(dim=0).values.tolist()
-            by_size.append(f"({x:+.1f}, {y:+.1f}) px for objects {words} px")
+            by_size.append(f"({x:+.1f}, {y:+.1f}) px for objects {words}")
     return [
         Smell(
             "shifted",
             f"Detections lie off their objects in one direction: the median of {len(pixels)} pairs "
-            f"is {median_pixels[0]:+.1f} px to the right and {median_pixels[1]:+.1f} px down, "
-            f"{median[0]:+.2f} and {median[1]:+.2f} of the object's size; "
-            f"{'; '.join(by_size)}. Usual causes: locations that lack half a stride (4, 8, 16 px "
-            "for strides of 8, 16, 32), the offset of a crop or of padding that is not undone. "
-            "Look at the coordinates of the first location, and at the resizing of boxes.",
+            f"is ({median_pixels[0]:+.1f}, {median_pixels[1]:+.1f}) px to the right and down, "
+            f"({median[0]:+.2f}, {median[1]:+.2f}) of the object's size; {'; '.join(by_size)}. "
+            "Usual causes: locations that lack half a stride (4, 8, 16 px for strides of 8, 16, "
+            "32), the offset of a crop or of padding that is not undone, a backbone whose padding "
+            "depends on the size of the image ('same' padding, with sides that are no multiple of "
+            "the largest stride). Look at the coordinates of the first location, at the resizing "
+            "of boxes, and whether images padded to a multiple of 32 px show it, too.",
             "warning",
         )
     ]
@@ -604,7 +608,9 @@ def find_folder_smells(
     Raises:
         ValueError: the folder can't be read, see ``eecs598.metrics.read_text_format``.
     """
-    data = read_text_format(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing files, which are a smell below
+        data = read_text_format(folder)
     smells = []
     detection_files = set(os.listdir(Path(folder) / DETECTIONS_FOLDER))
     missing = [name for name in data.image_names if f"{name}.txt" not in detection_files]

@@ -117,7 +117,8 @@ def test_pictures_of_images_of_one_name(checkpoint, tmp_path):
     # The results may lie among the images: no run takes those of another for input.
     for run in ("one", "two"):
         out = tmp_path / "x" / run
-        status, result = predict(checkpoint, tmp_path / "x", tmp_path / "y", out=out)
+        folders = (tmp_path / "x", tmp_path / "y")
+        status, result = predict(checkpoint, *folders, "--score-thresh", "0.999", out=out)
         assert status == 0 and len(result["images"]) == 3
         for image in result["images"]:
             assert Image.open(out / image["picture"]).size == (1200, 800)

@@ -1,0 +1,175 @@
+"""How long does the mAP of 2,510 images take, next to COCO's tools?"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Row, side_by_side
+from eecs598.metrics import average_precision
+
+NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES = 2510, 24_000, 20
+
+
+def rows(device: str) -> Iterator[Row]:
+    """From tensors; the peers' own records are made and indexed before the clock starts."""
+    predictions, targets = _data()
+    names = [f"class {label}" for label in range(NUM_CLASSES)]
+    question = f"mAP of {NUM_IMAGES:,} images, {NUM_DETECTIONS:,} detections"
+
+    def ours() -> float:
+        return average_precision(predictions, targets, names)["mAP"]
+
+    def by_definition() -> float:
+        return _by_definition(predictions, targets)
+
+    for peer, evaluate in _coco_peers(predictions, targets).items():
+        yield Row(question, peer, *side_by_side(ours, evaluate), 1 / 3)
+    assert abs(by_definition() - ours()) < 1e-9
+    yield Row(question, "plain Python", *side_by_side(ours, by_definition, 3), None)
+
+
+def _data() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Objects, and detections of which about half lie near one."""
+    rng = np.random.default_rng(0)
+    predictions, targets = [], []
+    counts = rng.multinomial(NUM_DETECTIONS, [1 / NUM_IMAGES] * NUM_IMAGES)
+    for count in counts.tolist():
+        objects = _random_boxes(rng, int(rng.integers(1, 6)))
+        labels = rng.integers(0, NUM_CLASSES, len(objects))
+        boxes, found = _random_boxes(rng, count), rng.integers(0, NUM_CLASSES, count)
+        near = rng.random(count) < 0.5
+        chosen = rng.integers(0, len(objects), count)
+        boxes[near] = objects[chosen[near]] + rng.uniform(0, 12, (int(near.sum()), 4))
+        found[near] = labels[chosen[near]]
+        predictions.append(
+            {
+                "boxes": torch.tensor(boxes, dtype=torch.float32),
+                "labels": torch.tensor(found),
+                "scores": torch.tensor(rng.random(count), dtype=torch.float32),
+            }
+        )
+        targets.append(
+            {
+                "boxes": torch.tensor(objects, dtype=torch.float32),
+                "labels": torch.tensor(labels),
+            }
+        )
+    return predictions, targets
+
+
+def _random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    corners = rng.uniform(0, 200, (count, 2))
+    return np.hstack([corners, corners + rng.uniform(20, 120, (count, 2))])
+
+
+def _coco_peers(
+    predictions: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]
+) -> dict[str, Callable[[], Any]]:
+    """COCO's evaluation at one IoU threshold by both libraries, from their indexed records."""
+    from faster_coco_eval import COCO as FastCOCO
+    from faster_coco_eval import COCOeval_faster
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = _records(targets)
+    for record in truth:
+        record.update(iscrowd=0, area=record["bbox"][2] * record["bbox"][3])
+    document = {
+        "info": {},
+        "images": [{"id": image, "width": 400, "height": 400} for image in range(NUM_IMAGES)],
+        "categories": [{"id": label, "name": str(label)} for label in range(NUM_CLASSES)],
+        "annotations": truth,
+    }
+    found = _records(predictions)
+
+    def prepared(library: type, evaluation: type) -> Callable[[], Any]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ground_truth = library()
+            ground_truth.dataset = document
+            ground_truth.createIndex()
+            detections = ground_truth.loadRes(found)
+
+        def evaluate() -> None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                run = evaluation(ground_truth, detections, "bbox")
+                run.params.iouThrs = np.array([0.5])
+                run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
+                run.params.maxDets = [100]
+                run.evaluate()
+                run.accumulate()
+
+        return evaluate
+
+    return {
+        "faster-coco-eval": prepared(FastCOCO, COCOeval_faster),
+        "pycocotools": prepared(COCO, COCOeval),
+    }
+
+
+def _records(items: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    records = []
+    for image, item in enumerate(items):
+        scores = item.get("scores", torch.ones(len(item["boxes"])))
+        for box, label, score in zip(
+            item["boxes"].tolist(), item["labels"].tolist(), scores.tolist(), strict=True
+        ):
+            x1, y1, x2, y2 = box
+            record = {"id": len(records) + 1, "image_id": image, "category_id": label}
+            records.append({**record, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
+    return records
+
+
+def _by_definition(predictions: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> float:
+    """The mAP as one would write it down, one detection at a time."""
+    areas = []
+    for label in range(NUM_CLASSES):
+        truth = {
+            image: [
+                box
+                for box, own in zip(t["boxes"].tolist(), t["labels"], strict=True)
+                if own == label
+            ]
+            for image, t in enumerate(targets)
+        }
+        total = sum(map(len, truth.values()))
+        found = [
+            (-score, image, box)
+            for image, p in enumerate(predictions)
+            for box, own, score in zip(
+                p["boxes"].tolist(), p["labels"], p["scores"].tolist(), strict=True
+            )
+            if own == label
+        ]
+        taken, true = set(), []
+        for _, image, box in sorted(found, key=lambda entry: entry[0]):
+            overlaps = [_iou(box, other) for other in truth[image]]
+            best = max(range(len(overlaps)), key=overlaps.__getitem__, default=None)
+            hit = best is not None and overlaps[best] >= 0.5 and (image, best) not in taken
+            if hit:
+                taken.add((image, best))
+            true.append(hit)
+        if total:
+            precisions, hits = [], 0
+            for rank, hit in enumerate(true, start=1):
+                hits += hit
+                precisions.append(hits / rank)
+            best_from_here = list(itertools.accumulate(reversed(precisions), max))[::-1]
+            areas.append(sum(p for p, hit in zip(best_from_here, true, strict=True) if hit) / total)
+    return sum(areas) / len(areas)
+
+
+def _iou(a: list[float], b: list[float]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if width <= 0 or height <= 0:
+        return 0.0
+    area_a, area_b = ((x[2] - x[0] + 1) * (x[3] - x[1] + 1) for x in (a, b))
+    return width * height / (area_a + area_b - width * height)

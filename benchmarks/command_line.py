@@ -1,0 +1,20 @@
+"""How soon does the command line answer, next to a Python that does nothing?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from benchmarks.timing import Row, side_by_side
+
+
+def rows(device: str) -> Iterator[Row]:
+    """New processes, started one after the other."""
+
+    def run(*arguments: str):
+        return lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+
+    script = "from fcos import main; main(['--help'])"  # what the installed command does
+    times = side_by_side(run("-c", script), run("-c", "pass"), 25)
+    yield Row("fcos --help", "python -c pass", *times, 5.0)

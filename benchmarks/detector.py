@@ -1,0 +1,139 @@
+"""How long do a training step and a prediction take, next to torchvision's own FCOS?
+
+The peer is ``torchvision.models.detection.FCOS`` on the same backbone, pyramid levels and width,
+with heads of as many convolutions; the same images and boxes go into both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS as TorchvisionFCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOSHead
+
+from benchmarks.timing import Row, side_by_side
+from eecs598.optimization import mixed_precision
+from one_stage_detector import FCOS
+
+BATCH_SIZE, SIDE, NUM_CLASSES, WIDTH, STEM = 16, 224, 20, 128, (128, 128)
+BOXES_PER_IMAGE = 3  # about VOC's average
+SCORE_THRESH, NMS_THRESH = 0.05, 0.6
+
+
+def rows(device: str) -> Iterator[Row]:
+    """Training steps and predictions."""
+    images, gt_boxes = _batch(device)
+    ours, theirs = _ours(device), _theirs(device)
+    peer = "torchvision FCOS, float32"
+    plain = _training_step(ours.train(), images, gt_boxes, "off")
+    fast = _training_step(_channels_last(_ours(device)).train(), images, gt_boxes, "auto")
+    peers = _peer_training_step(theirs.train(), images, gt_boxes)
+    question = f"training step, {BATCH_SIZE} images of {SIDE} px"
+    yield Row(f"{question}, bfloat16, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
+    yield Row(f"{question}, float32", peer, *side_by_side(plain, peers), 1 / 1.4)
+    ours, theirs = _channels_last(ours).eval(), theirs.eval()
+    for count in (1, BATCH_SIZE):
+        batch = images[:count]
+
+        def predict(batch=batch):
+            return ours.predict(_channels_last(batch), SCORE_THRESH, NMS_THRESH)
+
+        def peer_predict(batch=batch):
+            with torch.no_grad():
+                return theirs(list(batch))
+
+        question = f"prediction, {count} image{'s' * (count > 1)} of {SIDE} px"
+        yield Row(question, peer, *side_by_side(predict, peer_predict), 0.6)
+
+
+def _batch(device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH_SIZE, 3, SIDE, SIDE, generator=generator)
+    corners = torch.rand(BATCH_SIZE, BOXES_PER_IMAGE, 2, generator=generator) * 0.5 * SIDE
+    sides = (0.05 + 0.4 * torch.rand(corners.shape, generator=generator)) * SIDE
+    labels = torch.randint(NUM_CLASSES, (*corners.shape[:2], 1), generator=generator)
+    gt_boxes = torch.cat([corners, corners + sides, labels], dim=2)
+    padding = torch.full((BATCH_SIZE, 40 - BOXES_PER_IMAGE, 5), -1.0)
+    return images.to(device), torch.cat([gt_boxes, padding], dim=1).to(device)
+
+
+def _ours(device: str) -> FCOS:
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):  # the shapes that the assignment prints
+        return FCOS(NUM_CLASSES, WIDTH, STEM, weights=None).to(device)
+
+
+def _channels_last(value: Any) -> Any:
+    """A module or a tensor in the layout that convolutions are fastest in."""
+    return value.to(memory_format=torch.channels_last)
+
+
+class _SameBackbone(nn.Module):
+    """Our backbone and pyramid as torchvision's detectors want them."""
+
+    def __init__(self, detector: FCOS) -> None:
+        super().__init__()
+        self.body = detector.backbone
+        self.out_channels = WIDTH
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.body(images)
+
+
+def _theirs(device: str) -> TorchvisionFCOS:
+    head = FCOSHead(WIDTH, 1, NUM_CLASSES, num_convs=len(STEM))
+    strides = (8, 16, 32)
+    anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+    return TorchvisionFCOS(
+        _SameBackbone(_ours(device)),
+        NUM_CLASSES,
+        min_size=SIDE,
+        max_size=SIDE,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=SCORE_THRESH,
+        nms_thresh=NMS_THRESH,
+    ).to(device)
+
+
+def _training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Callable[[], Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
+    autocast, scaler = mixed_precision(images.device, amp)
+    if amp != "off":
+        images = _channels_last(images)
+
+    def step() -> None:
+        with autocast:
+            loss = sum(model(images, gt_boxes).values())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def _peer_training_step(
+    model: TorchvisionFCOS, images: Tensor, gt_boxes: Tensor
+) -> Callable[[], Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    targets = [
+        {"boxes": boxes[boxes[:, 4] >= 0, :4], "labels": boxes[boxes[:, 4] >= 0, 4].long()}
+        for boxes in gt_boxes
+    ]
+
+    def step() -> None:
+        loss = sum(model(list(images), targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
