@@ -20,6 +20,8 @@ the submission in this process: isolating it, and limiting its time, is up to th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache, wraps
+from types import ModuleType
 
 from eecs598.grading.boxes import check_class_spec_nms, check_nms
 from eecs598.grading.detector import (
@@ -31,8 +33,8 @@ from eecs598.grading.detector import (
 from eecs598.grading.helper import check_dataset, check_evaluation_export, check_train_detector
 from eecs598.grading.locations import check_location_coords, check_location_order
 from eecs598.grading.network import check_backbone, check_head, check_hello
-from eecs598.grading.result import CheckResult, ProbeResult
-from eecs598.grading.submission import Submission
+from eecs598.grading.result import CheckResult, ProbeResult, Wrong
+from eecs598.grading.submission import Submission, completed
 from eecs598.grading.targets import (
     check_box_decoding,
     check_centerness,
@@ -40,29 +42,82 @@ from eecs598.grading.targets import (
     check_matching,
 )
 
-__all__ = ["CHECKS", "CheckResult", "ProbeResult", "Submission", "run_checks"]
+__all__ = ["CHECKS", "CheckResult", "ProbeResult", "Submission", "labels_of", "run_checks"]
+
+Check = Callable[[Submission], CheckResult]
+
+
+def _judging(check: Check, *names: str) -> Check:
+    """The check, which fails in one sentence where what it judges is not there at all.
+
+    Args:
+        check: the check.
+        names: what it judges, as "module.name".
+    """
+
+    @wraps(check)
+    def judge(submission: Submission) -> CheckResult:
+        result = CheckResult(_name(check))
+        for module, _, attribute in (name.partition(".") for name in names):
+            replaced = submission.replaced
+            reason = replaced.get(module) or replaced.get(f"{module}.{attribute}")
+            if reason is None and not hasattr(getattr(submission, module), attribute):
+                reason = f"{module}.py does not define it"
+            if reason is not None:
+                with result.probe(f"{module}.py"):
+                    raise Wrong(f"expected {attribute}, got nothing: {reason}")
+        if result.probes:
+            return result
+        if check not in _OF_THE_WHOLE:
+            return check(submission)
+        with completed(submission) as complete:
+            return check(complete)
+
+    return judge
+
+
+def _name(check: Check) -> str:
+    return check.__name__.removeprefix("check_")
+
+
+# These judge how the parts are put together, whichever of them are written.
+_OF_THE_WHOLE = {check_losses, check_training, check_inference}
 
 # In the order of the assignment.
-CHECKS: dict[str, Callable[[Submission], CheckResult]] = {
-    "hello": check_hello,
-    "backbone": check_backbone,
-    "head": check_head,
-    "location_coords": check_location_coords,
-    "location_order": check_location_order,
-    "matching": check_matching,
-    "deltas": check_deltas,
-    "box_decoding": check_box_decoding,
-    "centerness": check_centerness,
-    "losses": check_losses,
-    "training": check_training,
-    "nms": check_nms,
-    "class_spec_nms": check_class_spec_nms,
-    "inference": check_inference,
-    "sizes_and_dtypes": check_sizes_and_dtypes,
-    "dataset": check_dataset,
-    "train_detector": check_train_detector,
-    "evaluation_export": check_evaluation_export,
+_CHECKS_AND_WHAT_THEY_JUDGE = (
+    (check_hello,),
+    (check_backbone, "common.DetectorBackboneWithFPN"),
+    (check_head, "one_stage_detector.FCOSPredictionNetwork"),
+    (check_location_coords, "common.get_fpn_location_coords"),
+    (
+        check_location_order,
+        "one_stage_detector.FCOSPredictionNetwork",
+        "common.get_fpn_location_coords",
+    ),
+    (check_matching, "one_stage_detector.fcos_match_locations_to_gt"),
+    (check_deltas, "one_stage_detector.fcos_get_deltas_from_locations"),
+    (check_box_decoding, "one_stage_detector.fcos_apply_deltas_to_locations"),
+    (check_centerness, "one_stage_detector.fcos_make_centerness_targets"),
+    (check_losses, "one_stage_detector.FCOS"),
+    (check_training, "one_stage_detector.FCOS"),
+    (check_nms, "common.nms"),
+    (check_class_spec_nms, "common.class_spec_nms"),
+    (check_inference, "one_stage_detector.FCOS"),
+    (check_sizes_and_dtypes, "one_stage_detector.FCOS"),
+    (check_dataset, "a4_helper.VOC2007DetectionTiny"),
+    (check_train_detector, "a4_helper.train_detector"),
+    (check_evaluation_export, "a4_helper.inference_with_detector"),
+)
+CHECKS: dict[str, Check] = {
+    _name(check): _judging(check, *names) for check, *names in _CHECKS_AND_WHAT_THEY_JUDGE
 }
+
+
+@cache
+def labels_of(name: str) -> tuple[str, ...]:
+    """The labels of the probes of a check, which are the same for every submission."""
+    nothing = (ModuleType(module) for module in ("common", "one_stage_detector", "a4_helper"))
+    return tuple(probe.label for probe in CHECKS[name].__wrapped__(Submission(*nothing)).probes)
 
 
 def run_checks(submission: Submission, names: Iterable[str] | None = None) -> list[CheckResult]:

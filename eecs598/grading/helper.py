@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -21,10 +20,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from eecs598.grading.result import CheckResult, expect, expect_close, show
+from eecs598.grading.result import CheckResult, expect, expect_close, once, show
 from eecs598.grading.submission import Submission
 
-__all__ = ["check_dataset", "check_evaluation_export", "check_train_detector"]
+__all__ = [
+    "EVALUATED",
+    "check_dataset",
+    "check_evaluation_export",
+    "check_train_detector",
+    "export_detections",
+]
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -198,7 +203,7 @@ def check_train_detector(submission: Submission) -> CheckResult:
     num_steps, learning_rate, weight_decay = 10, 0.1, 0.05
     slopes = (1.0, 2.0)  # of the losses
 
-    @cache
+    @once
     def trained() -> _Slope:
         detector = _Slope().eval()
         batch = [("a.jpg", torch.zeros(3, 8, 8), torch.tensor([[1.0, 1, 5, 5, 0]]))] * 4
@@ -216,6 +221,8 @@ def check_train_detector(submission: Submission) -> CheckResult:
 
     def expect_course(until: int, rates: str) -> None:
         course = [*trained().course, (trained().first.item(), trained().second.item())]
+        steps = len(trained().course)
+        expect(steps >= until, f"max_iters {num_steps}: expected {until} steps, got {steps}")
         for which, slope in enumerate(slopes):
             values = _follow_slope(slope, num_steps, learning_rate, weight_decay)
             for step, expected in enumerate(values[: until + 1]):
@@ -284,6 +291,7 @@ class _Oracle(nn.Module):
         self.answers = answers  # (height, width) -> rows x1, y1, x2, y2, class id, score
         self.thresholds: set[tuple[float | None, float | None]] = set()
         self.training_modes: set[bool] = set()
+        self.grad_modes: set[bool] = set()
 
     def forward(
         self,
@@ -294,6 +302,7 @@ class _Oracle(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.thresholds.add((test_score_thresh, test_nms_thresh))
         self.training_modes.add(self.training)
+        self.grad_modes.add(torch.is_grad_enabled())
         rows = torch.tensor(self.answers[tuple(images.shape[-2:])]).reshape(-1, 6)
         return rows[:, :4], rows[:, 4].long(), rows[:, 5]
 
@@ -318,28 +327,7 @@ def check_evaluation_export(submission: Submission) -> CheckResult:
     """``inference_with_detector`` with ``output_dir``: text files for the mAP script."""
     result = CheckResult("evaluation_export")
 
-    @cache
-    def exported() -> tuple[dict[str, dict[str, list[str]]], _Oracle]:
-        """Lines of each file: ``{"ground-truth": {name: lines}, "detection-results": ...}``."""
-        detector = _Oracle({size: found for _, size, _, found in EVALUATED}).train()
-        loader = DataLoader([_evaluation_item(*image[:3]) for image in EVALUATED], batch_size=1)
-        with _scratch_folder() as folder:
-            output_dir = folder / "export" / "input"
-            submission.a4_helper.inference_with_detector(
-                detector,
-                loader,
-                NAMES,
-                score_thresh=0.35,
-                nms_thresh=0.55,
-                output_dir=str(output_dir),
-                dtype=torch.float32,
-                device="cpu",
-            )
-            files = {
-                kind: {p.stem: _lines(p) for p in sorted((output_dir / kind).glob("*.txt"))}
-                for kind in ("ground-truth", "detection-results")
-            }
-        return files, detector
+    exported = once(lambda: export_detections(submission))
 
     with result.probe("both folders in output_dir"):
         for kind, files in exported()[0].items():
@@ -383,6 +371,32 @@ def check_evaluation_export(submission: Submission) -> CheckResult:
             f"expected the detector's training flag to be False, got {show(list(got))}",
         )
     return result
+
+
+def export_detections(submission: Submission) -> tuple[dict[str, dict[str, list[str]]], _Oracle]:
+    """What ``inference_with_detector`` writes for ``EVALUATED``, and the detector it was given.
+
+    Lines of each file: ``{"ground-truth": {name: lines}, "detection-results": ...}``.
+    """
+    detector = _Oracle({size: found for _, size, _, found in EVALUATED}).train()
+    loader = DataLoader([_evaluation_item(*image[:3]) for image in EVALUATED], batch_size=1)
+    with _scratch_folder() as folder:
+        output_dir = folder / "export" / "input"
+        submission.a4_helper.inference_with_detector(
+            detector,
+            loader,
+            NAMES,
+            score_thresh=0.35,
+            nms_thresh=0.55,
+            output_dir=str(output_dir),
+            dtype=torch.float32,
+            device="cpu",
+        )
+        files = {
+            kind: {p.stem: _lines(p) for p in sorted((output_dir / kind).glob("*.txt"))}
+            for kind in ("ground-truth", "detection-results")
+        }
+    return files, detector
 
 
 def _evaluation_item(

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
 from eecs598.grading.reference import STRIDES
-from eecs598.grading.result import CheckResult, expect, expect_close, show
+from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
 from eecs598.grading.submission import Submission, build
 
 __all__ = [
+    "build_backbone",
     "check_backbone",
     "check_head",
     "check_hello",
@@ -51,25 +52,24 @@ def check_backbone(submission: Submission) -> CheckResult:
     """``DetectorBackboneWithFPN``: its layers, shapes and top-down pathway, and its building."""
     result = CheckResult("backbone")
     channels = 24
-    disturbed: list[str] = []  # batch-norm layers that ran in training mode while building
+    built = once(lambda: build_backbone(submission, channels))
 
-    def note_training(module: nn.Module, _inputs: object, _output: object) -> None:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            disturbed.append(type(module).__name__)
-
-    @cache
     def backbone() -> nn.Module:
-        handle = register_module_forward_hook(note_training)
-        try:
-            model = build(submission.common.DetectorBackboneWithFPN, out_channels=channels)
-        finally:
-            handle.remove()
-        return model.eval()
+        return built()[0]
 
     @torch.no_grad()
     def run(height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        images = torch.randn(1, 3, height, width)
-        return backbone().backbone(images), backbone()(images)
+        images, stages = torch.randn(1, 3, height, width), {}
+
+        def note(_module: nn.Module, _inputs: object, output: dict[str, Tensor]) -> None:
+            stages.update(output)
+
+        handle = backbone().backbone.register_forward_hook(note)
+        try:
+            levels = backbone()(images)
+        finally:
+            handle.remove()
+        return stages or backbone().backbone(images), levels
 
     with result.probe("fpn_strides and out_channels"):
         strides = dict(backbone().fpn_strides)
@@ -110,13 +110,29 @@ def check_backbone(submission: Submission) -> CheckResult:
         _expect_top_down(backbone().fpn_params, stages, levels)
 
     with result.probe("building leaves the batch-norm statistics alone"):
-        backbone()
+        disturbed = built()[1]
         expect(
-            not disturbed,
+            disturbed == 0,
             "expected no batch-norm layer to run in training mode while the backbone is built, got "
-            f"{len(disturbed)}: that moves their statistics. Call eval() before the dummy pass",
+            f"{disturbed}: that moves their statistics. Call eval() before the dummy pass",
         )
     return result
+
+
+def build_backbone(submission: Submission, out_channels: int) -> tuple[nn.Module, int]:
+    """A backbone in evaluation mode, and how often a batch norm ran in training mode meanwhile."""
+    disturbed = []
+
+    def note_training(module: nn.Module, _inputs: object, _output: object) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            disturbed.append(module)
+
+    handle = register_module_forward_hook(note_training)
+    try:
+        model = build(submission.common.DetectorBackboneWithFPN, out_channels=out_channels)
+    finally:
+        handle.remove()
+    return model.eval(), len(disturbed)
 
 
 def convolutions(module: nn.Module) -> list[nn.Conv2d]:
@@ -129,9 +145,10 @@ def _expect_top_down(
     fpn_params: nn.Module, stages: Mapping[str, Tensor], levels: Mapping[str, Tensor]
 ) -> None:
     layers = convolutions(fpn_params)
+    outputs = [conv for conv in layers if conv.kernel_size == (3, 3)]
     merged: Tensor | None = None
-    for stage in ("c5", "c4", "c3"):
-        feats = stages[stage]
+    for stage, above in (("c5", None), ("c4", "p5"), ("c3", "p4")):
+        feats, level = stages[stage], levels[f"p{stage[1]}"]
         laterals = [
             conv
             for conv in layers
@@ -142,21 +159,31 @@ def _expect_top_down(
             f"expected one 1x1 convolution with the {feats.shape[1]} input channels of {stage}, "
             f"got {len(laterals)}",
         )
+
+        def upsampled(maps: Tensor, mode: str = "nearest", like: Tensor = feats) -> Tensor:
+            return F.interpolate(maps, size=like.shape[-2:], mode=mode)
+
+        def is_output_of(maps: Tensor, level: Tensor = level) -> bool:
+            # Names are free, so the level may come from any of the 3x3 convolutions.
+            return any(torch.allclose(conv(maps), level, rtol=1e-3, atol=1e-4) for conv in outputs)
+
         lateral = laterals[0](feats)
+        wrong = {f"conv3x3(conv1x1({stage})), nothing from above": lateral}
+        rule = f"conv3x3(conv1x1({stage}))"
         if merged is None:
-            merged = lateral
+            wrong, merged = {}, lateral
         else:
-            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
-        level = f"p{stage[1]}"
-        # Names are free, so the level may come from any of the 3x3 convolutions.
-        outputs = [conv for conv in layers if conv.kernel_size == (3, 3)]
-        found = any(
-            torch.allclose(conv(merged), levels[level], rtol=1e-3, atol=1e-4) for conv in outputs
-        )
-        above = "" if level == "p5" else f" + upsampled p{int(stage[1]) + 1} before its 3x3"
-        expect(
-            found, f"{level}: expected a 3x3 convolution of 1x1({stage}){above}, got other values"
-        )
+            name = f"the sum that {above} is computed from"
+            rule = f"conv3x3(conv1x1({stage}) + {name}, upsampled to its size)"
+            wrong["it added after upsampling it bilinearly"] = lateral + upsampled(
+                merged, "bilinear"
+            )
+            wrong[f"the finished {above}, after its 3x3 convolution, added"] = lateral + upsampled(
+                levels[above]
+            )
+            merged = lateral + upsampled(merged)
+        got = next((name for name, maps in wrong.items() if is_output_of(maps)), "other values")
+        expect(is_output_of(merged), f"p{stage[1]}: expected {rule}, got {got}")
 
 
 def check_head(submission: Submission) -> CheckResult:
@@ -202,8 +229,8 @@ def check_head(submission: Submission) -> CheckResult:
             # Six standard errors of the smallest layer, which has 576 weights.
             expect(
                 abs(mean) < 0.0025 and abs(std - 0.01) < 0.0018,
-                f"{name}: expected weights of mean 0 and standard deviation 0.01, got {mean:.3g} "
-                f"and {std:.3g}",
+                f"{name}: expected weights of mean 0 and standard deviation 0.01, got mean "
+                f"{mean:.3g} and standard deviation {std:.3g}",
             )
 
     with result.probe("biases 0"):
@@ -244,6 +271,8 @@ def check_head(submission: Submission) -> CheckResult:
         feats = torch.randn(1, 32, 5, 4)
         for name in ("stem_cls", "stem_box"):
             stem = getattr(model, name)
+            number = len(convolutions(stem))
+            expect(number == 3, f"stem_channels=[48, 40, 32]: expected 3 in {name}, got {number}")
             got, expected = stem(feats), _run_stem(stem, feats)
             expect(
                 got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3),
@@ -264,9 +293,15 @@ def check_head(submission: Submission) -> CheckResult:
             # Sorted over the locations, because their order is the matter of another check.
             expected = maps.flatten(2).transpose(1, 2).sort(dim=1).values
             got = values.sort(dim=1).values
-            expect(
-                got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3),
-                f"expected the outputs of {name}({stem}(features)), got other values",
+            if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
+                continue
+            other = "stem_box" if stem == "stem_cls" else "stem_cls"
+            maps = getattr(model, name)(getattr(model, other)(feats))
+            swapped = maps.flatten(2).transpose(1, 2).sort(dim=1).values
+            same = got.shape == swapped.shape and torch.allclose(got, swapped, rtol=1e-3, atol=1e-3)
+            raise Wrong(
+                f"expected the outputs of {name}({stem}(features)), got "
+                f"{f'those of {name}({other}(features))' if same else 'other values'}"
             )
 
     with result.probe("shared by all levels"):

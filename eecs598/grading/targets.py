@@ -83,8 +83,9 @@ def check_matching(submission: Submission) -> CheckResult:
 
     with result.probe("random boxes against the definition"):
         generator = torch.Generator().manual_seed(0)
-        sizes = 2 ** (2 + 7 * torch.rand(12, 2, generator=generator))  # 4 to 512 pixels
-        corners = 300 * torch.rand(12, 2, generator=generator) - sizes / 4
+        # 4 to 512 pixels; at halves, so that no location lies on a side.
+        sizes = (2 ** (2 + 7 * torch.rand(12, 2, generator=generator))).round()
+        corners = (300 * torch.rand(12, 2, generator=generator) - sizes / 4).round() + 0.5
         classes = torch.randint(20, (12, 1), generator=generator)
         boxes = torch.cat([corners, corners + sizes, classes], dim=1).tolist()
         points = (8 * torch.randint(40, (60, 2), generator=generator) + 4.0).tolist()
@@ -233,7 +234,7 @@ def check_centerness(submission: Submission) -> CheckResult:
 
     with result.probe("random deltas against the formula"):
         generator = torch.Generator().manual_seed(0)
-        for row in (10 * torch.rand(50, 4, generator=generator) + 0.01).tolist():
+        for row in (torch.randint(1, 41, (50, 4), generator=generator) / 4).tolist():
             got = osd.fcos_make_centerness_targets(torch.tensor([row]))
             expect_close(f"deltas {show(row)}", got, [reference.centerness(*row)], 1e-5)
 

@@ -1,0 +1,194 @@
+"""What runs in the process of a submission: load it, run checks, tell the grader.
+
+The grader hears one line of JSON at a time, and in a fixed order: what confines this process, that
+the submission is loaded, then for each step its probes as soon as each is decided, and the end of
+the step. Each line begins with a token that the grader chose. What is said can't be taken back, and
+what does not follow the order is not believed, so a submission that ends this process, prints
+results or writes to the pipe gains nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from eecs598.grading import CHECKS
+from eecs598.grading.findings import find
+from eecs598.grading.isolation import Limits, confine, limit_cpu
+from eecs598.grading.loading import load_submission
+from eecs598.grading.result import CheckResult
+from eecs598.grading.tampering import Watch, broken_tools, suspicious_code
+
+__all__ = ["FINDINGS", "Job", "work"]
+
+FINDINGS = "findings"  # the step after the checks
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
+
+Say = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task for one process.
+
+    Attributes:
+        folder: the submission.
+        fallback: folder with the modules of the assignment that replace missing ones.
+        steps: names of checks, and ``FINDINGS``, in order.
+        work_folder: the only folder to write to.
+        timeout: seconds for loading and for each step.
+        limits: of the process.
+        token: what the grader knows its lines by.
+    """
+
+    folder: str
+    fallback: str
+    steps: tuple[str, ...]
+    work_folder: str
+    timeout: float
+    limits: Limits
+    token: str
+
+
+def work(job: Job, channel: Connection, output: Connection) -> None:
+    """Do a job in a process of its own, which ends with it.
+
+    Args:
+        job: what to do.
+        channel: where the grader listens.
+        output: where it keeps what the submission prints.
+    """
+    _detach(job, channel, output)
+
+    def say(**message: Any) -> None:
+        line = f"{job.token} {json.dumps(message)}\n".encode()
+        if os.name == "nt":
+            channel.send_bytes(line)
+        while line and os.name != "nt":
+            line = line[os.write(channel.fileno(), line) :]
+
+    torch.set_num_threads(1)
+    say(confined=confine(job.work_folder, _readable(job), job.limits))
+    _announce_probes(say)
+    watch = Watch()
+
+    try:
+        with _time_limit(job.timeout):
+            suspicious = suspicious_code(job.folder)
+            loaded = load_submission(job.folder, job.fallback)
+    except BaseException as error:
+        say(failed=f"raised {type(error).__name__}: {error}")
+        _exit(1)
+    replaced = watch.restore()
+    say(loaded=[str(note) for note in loaded.notes], suspicious=suspicious, replaced=replaced)
+
+    for step in job.steps:
+        problem, found, tampered = None, [], broken_tools()
+        try:
+            with _time_limit(job.timeout):
+                if step == FINDINGS:
+                    found = [str(finding) for finding in find(loaded.submission, job.folder)]
+                else:
+                    CHECKS[step](loaded.submission)
+        except BaseException as error:  # outside of a probe
+            problem = f"raised {type(error).__name__}: {error}"
+        tampered += watch.restore() + broken_tools()
+        say(done=step, problem=problem, found=found, tampered=sorted(set(tampered)))
+        if tampered:
+            break  # nothing else that this process says could be believed
+    _exit(0)
+
+
+def _detach(job: Job, channel: Connection, output: Connection) -> None:
+    """Cut the ties to the grader's process: terminal, open files, environment, handlers."""
+    if os.name != "nt":
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for target, source in ((0, null), (1, output.fileno()), (2, output.fileno())):
+            os.dup2(source, target)
+        os.closerange(3, channel.fileno())
+        os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+    sys.stdin = None
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        file = os.open(os.devnull, os.O_WRONLY) if os.name == "nt" else number
+        stream = os.fdopen(file, "w", 1, encoding="utf-8", errors="replace", closefd=False)
+        setattr(sys, name, stream)
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    os.environ.clear()
+    os.environ.update(kept, HOME=job.work_folder, TMPDIR=job.work_folder, USER="submission")
+    os.environ.update(MPLBACKEND="agg", MPLCONFIGDIR=job.work_folder, OMP_NUM_THREADS="1")
+    os.chdir(job.work_folder)
+    tempfile.tempdir = job.work_folder
+    # Compiled files beside the submission are neither believed nor written.
+    sys.dont_write_bytecode = True
+    sys.pycache_prefix = os.path.join(job.work_folder, "__pycache__")
+
+
+def _readable(job: Job) -> list[str]:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    names = ("common.py", "one_stage_detector.py", "a4_helper.py")
+    return [job.folder, package, *(os.path.join(job.fallback, name) for name in names)]
+
+
+def _announce_probes(say: Say) -> None:
+    """Have the checks say the answer of each probe when it is known."""
+    original = CheckResult.probe
+
+    @contextlib.contextmanager
+    def probe(self: CheckResult, label: str) -> Iterator[None]:
+        with original(self, label):
+            yield
+        if self.name in CHECKS:
+            answer = self.probes[-1]
+            say(check=self.name, label=answer.label, problem=answer.problem)
+
+    CheckResult.probe = probe
+
+
+class TookTooLong(Exception):
+    """Raised in the code of a submission when its time is up."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt the block after its time, and again each time a little later.
+
+    So an endless loop costs its probe, not the whole check. What goes on nevertheless is ended
+    after twice the time, here with a print of where it was, or by the grader.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise TookTooLong(f"still running after {seconds:g} s")
+
+    limit_cpu(2 * seconds)
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
+    if os.name != "nt":
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, seconds, max(1.0, seconds / 20))
+    try:
+        yield
+    finally:
+        if os.name != "nt":
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _exit(status: int) -> None:
+    """End the process without anything that the submission wants done at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)

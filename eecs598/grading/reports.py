@@ -1,0 +1,177 @@
+"""What grading tells people and programs: text, a table of many submissions, JSON, Gradescope."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eecs598.grading.isolation import LAYERS
+from eecs598.grading.rubric import Grade, GradedItem
+from eecs598.grading.runner import Graded
+
+__all__ = ["Report", "format_table", "format_text", "to_dict", "to_gradescope"]
+
+MAX_FAILURES = 6  # of an item in the text; the other formats have all
+MAX_OUTPUT = 2000  # characters of what a submission printed, in the text
+
+
+@dataclass(frozen=True)
+class Report:
+    """A graded submission and its points."""
+
+    graded: Graded
+    grade: Grade
+
+    @property
+    def items(self) -> Sequence[GradedItem]:
+        return self.grade.items
+
+    @property
+    def score(self) -> float:
+        return self.grade.total
+
+    @property
+    def max_score(self) -> float:
+        return self.grade.max_total
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has all points there are."""
+        return self.graded.error is None and self.score >= self.max_score
+
+
+def format_text(report: Report) -> str:
+    """A submission in full, for a person to read."""
+    graded = report.graded
+    head = f"{graded.folder}: {_points(report)} points"
+    if graded.error is not None:
+        return f"{head}\n  {graded.error}"
+    lines = [head, ""]
+    for item in report.items:
+        mark = "--" if item.failures else "ok"
+        lines.append(f"  {mark} {item.score:>5g} of {item.max_score:g}  {item.title}")
+        lines += [f"        {sentence}" for sentence in item.failures[:MAX_FAILURES]]
+        if (rest := len(item.failures) - MAX_FAILURES) > 0:
+            lines.append(f"        and {rest} more")
+    for title, sentences in (
+        ("What a reviewer would say (no points)", graded.findings),
+        ("How it was run", [*graded.notes, _describe_protections(graded)]),
+        ("For a person to look at", graded.suspicious),
+    ):
+        if sentences:
+            lines += ["", f"  {title}", *(f"    - {sentence}" for sentence in sentences)]
+    if graded.output.strip():
+        lines += ["", "  What it printed"]
+        lines += [f"    | {line}" for line in _excerpt(graded.output).splitlines()]
+    return "\n".join(lines)
+
+
+def format_table(reports: Sequence[Report]) -> str:
+    """A line a submission: its points, and the items that cost some."""
+    width = max(len(report.graded.folder) for report in reports)
+    lines = [f"{'submission':{width}}  points       lost"]
+    for report in reports:
+        lost = ", ".join(
+            f"{item.name} {item.score:g}/{item.max_score:g}"
+            for item in report.items
+            if item.score < item.max_score
+        )
+        what = report.graded.error or lost or "nothing"
+        lines.append(f"{report.graded.folder:{width}}  {_points(report):11}  {what}")
+    scores = sorted(report.score for report in reports)
+    middle = (scores[(len(scores) - 1) // 2] + scores[len(scores) // 2]) / 2
+    lines.append(
+        f"{len(scores)} submissions: lowest {scores[0]:g}, median {middle:g}, "
+        f"highest {scores[-1]:g}, all points {sum(r.is_full for r in reports)}"
+    )
+    return "\n".join(lines)
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """Everything that is known of a submission, for JSON."""
+    graded = report.graded
+    return {
+        "folder": graded.folder,
+        "error": graded.error,
+        "score": report.score,
+        "max_score": report.max_score,
+        "items": [
+            {
+                "name": item.name,
+                "title": item.title,
+                "score": item.score,
+                "max_score": item.max_score,
+                "failures": list(item.failures),
+            }
+            for item in report.items
+        ],
+        "checks": {
+            result.name: {probe.label: probe.problem for probe in result.probes}
+            for result in graded.results
+        },
+        "findings": graded.findings,
+        "notes": graded.notes,
+        "suspicious": graded.suspicious,
+        "output": graded.output,
+        "protections": graded.protections,
+        "seconds": graded.seconds,
+    }
+
+
+def to_gradescope(report: Report) -> dict[str, Any]:
+    """Gradescope's ``results.json``.
+
+    Source: Gradescope's documentation of autograders, "Output format".
+    """
+    graded = report.graded
+    tests = [
+        _gradescope_test(
+            item.title,
+            "\n".join(item.failures),
+            score=item.score,
+            max_score=item.max_score,
+            status="passed" if item.score >= item.max_score else "failed",
+        )
+        for item in report.items
+    ]
+    if graded.findings:
+        text = "\n".join(graded.findings)
+        tests.append(_gradescope_test("What a reviewer would say (no points)", text))
+    for_staff = [*graded.suspicious, _describe_protections(graded)]
+    tests.append(_gradescope_test("For staff", "\n".join(for_staff), visibility="hidden"))
+    output = [graded.error] if graded.error is not None else list(graded.notes)
+    if graded.output.strip():
+        output += ["", "What the submission printed:", _excerpt(graded.output)]
+    return {
+        "score": report.score,
+        "execution_time": graded.seconds,
+        "output": "\n".join(output),
+        "output_format": "text",
+        "visibility": "visible",
+        "stdout_visibility": "hidden",
+        "tests": tests,
+    }
+
+
+def _gradescope_test(name: str, output: str, **fields: Any) -> dict[str, Any]:
+    test = {"name": name, "score": 0, "max_score": 0, "status": "passed"}
+    return {**test, "output": output, "output_format": "text", "visibility": "visible", **fields}
+
+
+def _points(report: Report) -> str:
+    return f"{report.score:g} of {report.max_score:g}"
+
+
+def _describe_protections(graded: Graded) -> str:
+    """What a submission could not do on this machine, and what it could."""
+    missing = [harm for layer, harm in LAYERS.items() if layer not in graded.protections]
+    text = f"confined: {', '.join(graded.protections) or 'not at all'}"
+    return f"{text}. On this machine it could {'; '.join(missing)}" if missing else text
+
+
+def _excerpt(text: str) -> str:
+    text = text.strip()
+    if len(text) <= MAX_OUTPUT:
+        return text
+    return f"{text[: MAX_OUTPUT // 2]}\n...\n{text[-MAX_OUTPUT // 2 :]}"

@@ -1,0 +1,190 @@
+"""Points from the results of the checks.
+
+The table is ``rubric.toml`` beside this file, which says how it is to be read. Any other file of
+that form can take its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eecs598.grading import CHECKS, CheckResult, labels_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Grade", "GradedItem", "Rubric", "RubricItem", "load_rubric"]
+
+DEFAULT_PATH = Path(__file__).with_name("rubric.toml")
+KEYS = {"title", "check", "points", "probes"}
+
+
+@dataclass(frozen=True)
+class RubricItem:
+    """A line of the rubric.
+
+    Attributes:
+        name: unique in its rubric.
+        title: for the reader.
+        check: what is judged, a key of ``eecs598.grading.CHECKS``.
+        points: where every probe passes.
+        probes: label -> share of the points, which need not sum to anything.
+    """
+
+    name: str
+    title: str
+    check: str
+    points: float
+    probes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class GradedItem:
+    """A line of the rubric and what a submission got for it.
+
+    Attributes:
+        failures: a sentence for each thing that was wrong.
+    """
+
+    name: str
+    title: str
+    score: float
+    max_score: float
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a submission got."""
+
+    items: list[GradedItem]
+
+    @property
+    def total(self) -> float:
+        """The sum of the scores."""
+        return round(sum(item.score for item in self.items), 2)
+
+    @property
+    def max_total(self) -> float:
+        """The sum of all points."""
+        return round(sum(item.max_score for item in self.items), 2)
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """A table of points."""
+
+    items: list[RubricItem]
+
+    @property
+    def checks(self) -> list[str]:
+        """Names of the checks that count, in the order of the assignment."""
+        return [name for name in CHECKS if any(item.check == name for item in self.items)]
+
+    def grade(self, results: Iterable[CheckResult]) -> Grade:
+        """Score a submission.
+
+        Args:
+            results: of the checks. One that is missing, and any probe that is missing from a
+                result, counts as failed; what the rubric does not know is ignored.
+        """
+        by_name = {result.name: result for result in results}
+        return Grade([_grade_item(item, by_name.get(item.check)) for item in self.items])
+
+
+def _grade_item(item: RubricItem, result: CheckResult | None) -> GradedItem:
+    problems: dict[str, str | None] = {}
+    for probe in result.probes if result is not None else ():
+        # Asked twice, the worse answer counts.
+        problems[probe.label] = problems.get(probe.label) or probe.problem
+    passed = {label for label in item.probes if problems.get(label, "not asked") is None}
+    whole = sum(item.probes.values())
+    share = sum(item.probes[label] for label in passed) / whole if whole else 0.0
+
+    known = labels_of(item.check)
+    failures: dict[str, tuple[str, list[str]]] = {}  # what was wrong, and with which labels
+    for label, problem in problems.items():
+        # A check that could not be held says so under a label of its own.
+        if problem is not None and (label in item.probes or label not in known):
+            # Something endless is interrupted at one line or another.
+            reason = re.sub(r" \(\S+\.py, line \d+\)$", "", problem)
+            failures.setdefault(reason, (problem, []))[1].append(label)
+    missing = [label for label in item.probes if label not in problems]
+    if missing and all(label in known for _, labels in failures.values() for label in labels):
+        failures["missing"] = ("the check did not get so far", missing)
+    return GradedItem(
+        item.name,
+        item.title,
+        score=round(item.points * share, 2),
+        max_score=item.points,
+        failures=[f"{_join(labels)}: {problem}" for problem, labels in failures.values()],
+    )
+
+
+def _join(labels: list[str]) -> str:
+    if len(labels) <= 2:
+        return " and ".join(labels)
+    return f"{labels[0]} (and {len(labels) - 1} more)"
+
+
+def load_rubric(path: str | os.PathLike | None = None) -> Rubric:
+    """Read a table of points.
+
+    Args:
+        path: of a TOML file in the form of ``rubric.toml``; that one unless given.
+
+    Raises:
+        ValueError: the file is missing, is not TOML, or has a key, check, probe or value that
+            makes no sense.
+    """
+    path = DEFAULT_PATH if path is None else Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the rubric {path} can't be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"the rubric {path} is not TOML: {error}.") from error
+    if not table:
+        raise ValueError(f"the rubric {path} is empty; expected a section for each item.")
+    return Rubric([_read_item(f"the rubric {path}, [{name}]", name, table[name]) for name in table])
+
+
+def _read_item(where: str, name: str, section: object) -> RubricItem:
+    if not isinstance(section, dict):
+        raise ValueError(f"{where}: expected a section, got {section!r}.")
+    if unknown := sorted(set(section) - KEYS):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; the keys are {sorted(KEYS)}.")
+    for key, kind, words in (("title", str, "text"), ("check", str, "the name of a check")):
+        if not isinstance(section.get(key), kind):
+            raise ValueError(f"{where}: expected {key} = {words}, got {section.get(key)!r}.")
+    points = _read_number(f"{where}: points", section.get("points"))
+    check = section["check"]
+    if check not in CHECKS:
+        raise ValueError(f"{where}: there is no check {check!r}; the checks are {list(CHECKS)}.")
+
+    labels = labels_of(check)
+    probes = section.get("probes", dict.fromkeys(labels, 1.0))
+    if not isinstance(probes, dict):
+        raise ValueError(f"{where}: expected probes = a table of labels and weights.")
+    if unknown := sorted(set(probes) - set(labels)):
+        raise ValueError(
+            f"{where}: check {check!r} has no probe {unknown[0]!r}; its probes are {list(labels)}."
+        )
+    weights = {label: _read_number(f"{where}: {label!r}", w) for label, w in probes.items()}
+    if points > 0 and not sum(weights.values()) > 0:
+        raise ValueError(f"{where}: {points:g} points and no probe that weighs anything.")
+    return RubricItem(name, section["title"], check, points, weights)
+
+
+def _read_number(what: str, value: object) -> float:
+    # True is an int, and NaN is neither above nor below anything.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e6:
+        raise ValueError(f"{what}: expected a number from 0, got {value!r}.")
+    return float(value)
