@@ -1,10 +1,10 @@
-"""The command line: train, evaluate and score one-stage detectors.
+"""The command line: train, evaluate, use and grade one-stage detectors.
 
     fcos train                          generate the embedded data set, train, evaluate
     fcos train --data DIR               the same on a folder in VOC layout, or with COCO's JSON
     fcos train --resume                 go on with a training that was stopped
     torchrun --nproc-per-node N -m fcos train ...    with several GPUs
-    fcos eval CHECKPOINT --data DIR     mAP of a trained detector
+    fcos eval CHECKPOINT --data DIR     metrics and a report of a trained detector
     fcos predict CHECKPOINT IMAGES... --out DIR      detections in image files
     fcos score DIR                      mAP of a folder of text files
     fcos data shapes|voc2007|check DIR  make, download or check a data set
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     The exit status is 0, 1 for data with errors or missing points, 2 for wrong input, and 128 plus
     the number of a signal that ended it.
     """
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     try:
         return args.run(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
@@ -77,33 +78,46 @@ def main(argv: list[str] | None = None) -> int:
 # --------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fcos", description="FCOS, a one-stage object detector: train, evaluate, score."
+        prog="fcos", description="FCOS, a one-stage object detector: train, evaluate, use, grade."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    known = {
+        "train": ("train a detector and evaluate it", _train_options),
+        "eval": ("evaluate a trained detector", _eval_options),
+        "predict": ("detections in image files", _predict_options),
+        "score": ("mAP of a folder of text files", _score_options),
+        "data": ("make, download or check a data set", _data_options),
+        "grade": ("points for what others handed in", _grade_options),
+    }
+    for name, (text, add_options) in known.items():
+        command = commands.add_parser(name, help=text)
+        if name in argv:  # those of the others would only cost time
+            add_options(command)
+    return parser
 
-    train = commands.add_parser(
-        "train",
-        help="train a detector and evaluate it",
-        description="Train a detector and evaluate it. Without --data, on the generated set. The "
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a detector and evaluate it. Without --data, on the generated set. The "
         "folder of the run gets run.json, checkpoint.pt, best.pt, history.jsonl and history.json, "
         "loss.png, report.html, metrics.json, ap.png, detections.png and, as text files, "
-        "detections and ground truth.",
+        "detections and ground truth."
     )
-    train.set_defaults(run=_train)
-    train.add_argument(
+    parser.set_defaults(run=_train)
+    parser.add_argument(
         "--data",
         metavar="DIR",
         help="folder in VOC layout, or with COCO's JSON; class names come from the data",
     )
-    train.add_argument("--out", metavar="DIR", help="new folder for results (runs/NAME)")
-    train.add_argument(
+    parser.add_argument("--out", metavar="DIR", help="new folder for results (runs/NAME)")
+    parser.add_argument(
         "--resume",
         action="store_true",
         help="go on with the training in --out, or with the latest one in runs/",
     )
-    train.add_argument(
+    parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
         help="settings to start from: the assignment's, better ones, those for the generated set "
@@ -114,115 +128,115 @@ def _parser() -> argparse.ArgumentParser:
         ("keep-every", "keep the checkpoint of every N-th iteration (of none)"),
         ("eval-every", "iterations between two evaluations on val (1500)"),
     ):
-        train.add_argument(
+        parser.add_argument(
             f"--{option}", type=_natural, default=argparse.SUPPRESS, metavar="N", help=text
         )
-    train.add_argument(
+    parser.add_argument(
         "--tensorboard",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
         help="write the curves for TensorBoard, too",
     )
-    _add_machine_options(train)
-    _add_settings(train)
+    _add_machine_options(parser)
+    _add_settings(parser)
 
-    evaluate = commands.add_parser(
-        "eval",
-        help="evaluate a trained detector",
-        description="Evaluate a trained detector. The folder of the evaluation gets report.html, "
-        "metrics.json and, as text files, the detections and the ground truth.",
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Evaluate a trained detector. The folder of the evaluation gets report.html, "
+        "metrics.json and, as text files, the detections and the ground truth."
     )
-    evaluate.set_defaults(run=_eval)
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
-    evaluate.add_argument(
+    parser.set_defaults(run=_eval)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--image-size", type=_positive_int, metavar="N", help="another one than in training"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--backbone",
         default=RECIPES["handout"].backbone,
         metavar="NAME",
         help="where CHECKPOINT is a plain state dict, which doesn't tell (regnet_x_400mf)",
     )
-    evaluate.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
-    evaluate.add_argument(
+    parser.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
+    parser.add_argument(
         "--score-thresh",
         type=_fraction,
         default=EVAL_SCORE_THRESH,
         metavar="X",
         help=f"detections score above it ({EVAL_SCORE_THRESH})",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--nms-thresh",
         type=_fraction,
         default=EVAL_NMS_THRESH,
         metavar="X",
         help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--out", metavar="DIR", help="new folder for results (eval-SPLIT beside CHECKPOINT)"
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--compare",
         metavar="DIR",
         help="another evaluation of the same images: a folder that fcos eval or fcos train wrote",
     )
-    evaluate.add_argument(
+    parser.add_argument(
         "--export", metavar="DIR", help="write the text files here instead of into --out"
     )
-    evaluate.add_argument("--json", metavar="FILE", help="write the metrics here, too")
-    _add_machine_options(evaluate)
+    parser.add_argument("--json", metavar="FILE", help="write the metrics here, too")
+    _add_machine_options(parser)
 
-    predict = commands.add_parser(
-        "predict",
-        help="detections in image files",
-        description="Detect objects in image files: a picture of each with its boxes, and all "
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Detect objects in image files: a picture of each with its boxes, and all "
         "boxes in pixels of the original files as JSON. The exit status is 1 when a file could "
-        "not be read; it is named and skipped.",
+        "not be read; it is named and skipped."
     )
-    predict.set_defaults(run=_predict)
-    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
-    predict.add_argument(
+    parser.set_defaults(run=_predict)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE|FOLDER|GLOB",
         help="files; folders, without their subfolders; or patterns such as 'photos/**/*.jpg'",
     )
-    predict.add_argument("--out", metavar="DIR", required=True, help="new folder for the results")
-    predict.add_argument("--json", metavar="FILE", help="the boxes (DIR/predictions.json)")
-    predict.add_argument(
+    parser.add_argument("--out", metavar="DIR", required=True, help="new folder for the results")
+    parser.add_argument("--json", metavar="FILE", help="the boxes (DIR/predictions.json)")
+    parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="draw the detections (yes)",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--score-thresh",
         type=_fraction,
         default=SHEET_SCORE_THRESH,
         metavar="X",
         help=f"detections score above it ({SHEET_SCORE_THRESH})",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--nms-thresh",
         type=_fraction,
         default=EVAL_NMS_THRESH,
         metavar="X",
         help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--image-size", type=_positive_int, metavar="N", help="another one than in training"
     )
-    predict.add_argument(
+    parser.add_argument(
         "--batch-size",
         type=_positive_int,
         default=8,
         metavar="N",
         help="images a step; those of one size go through the network together (8)",
     )
-    plain = predict.add_argument_group(
+    plain = parser.add_argument_group(
         "where CHECKPOINT is a plain state dict", "which tells neither backbone nor class names"
     )
     plain.add_argument(
@@ -233,20 +247,22 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", metavar="A,B,C", help="in the order of training (for 20: those of VOC)"
     )
     names.add_argument("--data", metavar="DIR", help="the data set that has the classes")
-    _add_machine_options(predict)
+    _add_machine_options(parser)
 
-    score = commands.add_parser("score", help="mAP of a folder of text files")
-    score.set_defaults(run=_score)
-    score.add_argument(
+
+def _score_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_score)
+    parser.add_argument(
         "folder", metavar="DIR", help="folder with detection-results/ and ground-truth/"
     )
-    score.add_argument("--json", metavar="FILE", help="write the metrics as JSON")
-    score.add_argument(
+    parser.add_argument("--json", metavar="FILE", help="write the metrics as JSON")
+    parser.add_argument(
         "--figure", metavar="FILE", help="where to draw the AP of every class (DIR/ap.png)"
     )
 
-    data = commands.add_parser("data", help="make, download or check a data set")
-    kinds = data.add_subparsers(title="what to do", required=True, metavar="WHAT")
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     check = kinds.add_parser("check", help="find what is wrong with a data set before training")
     check.set_defaults(run=_data_check)
     check.add_argument("folder", metavar="DIR", help="in VOC layout, or with COCO's JSON")
@@ -261,40 +277,39 @@ def _parser() -> argparse.ArgumentParser:
     voc2007.set_defaults(run=_data_voc2007)
     voc2007.add_argument("folder", metavar="DIR")
 
-    grade = commands.add_parser(
-        "grade",
-        help="points for what others handed in",
-        description="Check folders with common.py, one_stage_detector.py and a4_helper.py, each "
+
+def _grade_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Check folders with common.py, one_stage_detector.py and a4_helper.py, each "
         "in confined processes of its own, and say what is wrong. The exit status is 0 when all "
-        "have all points, 1 when not, and 2 when a folder or an option could not be used.",
+        "have all points, 1 when not, and 2 when a folder or an option could not be used."
     )
-    grade.set_defaults(run=_grade)
-    grade.add_argument("folders", metavar="FOLDER", nargs="+", help="a submission")
-    grade.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
-    grade.add_argument(
+    parser.set_defaults(run=_grade)
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="a submission")
+    parser.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
+    parser.add_argument(
         "--json", metavar="FILE", help="write JSON to a file, too; Gradescope's with that format"
     )
-    grade.add_argument(
+    parser.add_argument(
         "--rubric", metavar="FILE", help="points in TOML, in place of eecs598/grading/rubric.toml"
     )
-    grade.add_argument(
+    parser.add_argument(
         "--timeout",
         type=_positive_int,
         default=60,
         metavar="S",
         help="seconds for loading a submission, and for each check (60)",
     )
-    grade.add_argument(
+    parser.add_argument(
         "--jobs", type=_positive_int, metavar="N", help="submissions at a time (one a core)"
     )
-    grade.add_argument(
+    parser.add_argument(
         "--memory",
         type=_positive_int,
         default=2048,
         metavar="MB",
         help="what a submission may allocate (2048)",
     )
-    return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -56,8 +56,9 @@ def test_same_detections_as_evaluation(checkpoint, small_voc, tmp_path):
     assert result["score_thresh"] == 0.3 and result["image_size"] == SETTINGS.image_size
     assert result["classes"] == CLASSES
     compared = 0
+    evaluate = ["eval", str(checkpoint), "--data", "."]
     evaluated = iterate_detections(
-        fcos._load_detector(fcos._parser().parse_args(["eval", str(checkpoint), "--data", "."]))[0],
+        fcos._load_detector(fcos._parser(evaluate).parse_args(evaluate))[0],
         torch.utils.data.DataLoader(dataset),
         0.3,
         0.6,

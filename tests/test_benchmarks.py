@@ -1,0 +1,53 @@
+"""The tools of the benchmarks; the measurements themselves are no tests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from benchmarks import ablation, timing
+from benchmarks.average_precision import _by_definition, _data
+from eecs598.metrics import average_precision
+
+
+def test_both_sides_take_turns_and_the_median_counts(monkeypatch):
+    clock = itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.0, 0.0, 2.0, 0.0, 9.0]))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls = []
+    ours, theirs = timing.side_by_side(
+        lambda: calls.append("ours"), lambda: calls.append("theirs"), repetitions=3
+    )
+    assert calls == ["ours", "theirs"] * 4  # the first two are not counted
+    assert (ours, theirs) == (2.0, 9.0)  # of 2, 3, 2 and of 9, 1, 9
+
+
+def test_the_table_says_which_goals_are_missed():
+    rows = [
+        timing.Row("fast", "peer", 0.001, 0.004, 0.4),
+        timing.Row("slow", "peer", 2.0, 4.0, 0.4),
+        timing.Row("for information", "peer", 1.0, 1.0, None),
+    ]
+    fast, slow, information = timing.table(rows).splitlines()[2:]
+    assert fast == "| fast | peer | 1 ms | 4 ms | 0.25 | 0.40 |"
+    assert "| 0.50 | 0.40 missed |" in slow
+    assert information.endswith("| 1.00 |  |")
+
+
+def test_the_plain_loop_agrees_on_the_data_of_the_benchmark():
+    predictions, targets = (items[:60] for items in _data())
+    names = [f"class {label}" for label in range(20)]
+    expected = average_precision(predictions, targets, names)["mAP"]
+    assert _by_definition(predictions, targets) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_table_of_the_ablation_has_what_is_there(tmp_path):
+    for name, score in (("base", 0.3), ("GIoU", 0.325)):
+        folder = ablation._folder(tmp_path, name)
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps({"mAP": score}))
+    assert ablation.table(tmp_path).splitlines()[2:] == [
+        "| base | 30.0 % |  |",
+        "| GIoU | 32.5 % | +2.5 |",
+    ]
