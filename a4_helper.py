@@ -99,6 +99,7 @@ class VOC2007DetectionTiny(Dataset):
         download: fetch the devkit into ``dataset_dir`` unless it is there.
         image_size: shorter side in pixels.
         classes: class names in the order of their ids; the 20 of VOC unless given.
+        crop: cut out the square in the centre; that of ``"train"`` alone unless given.
 
     Raises:
         ValueError: data that is missing or broken, or an object whose class is not in
@@ -113,6 +114,7 @@ class VOC2007DetectionTiny(Dataset):
         image_size: int = 224,
         *,
         classes: Sequence[str] = VOC2007_CLASSES,
+        crop: bool | None = None,
     ) -> None:
         super().__init__()
         if image_size < 1:
@@ -121,6 +123,7 @@ class VOC2007DetectionTiny(Dataset):
             download_voc2007(dataset_dir)
         self.split = split
         self.image_size = image_size
+        self.crop = split == "train" if crop is None else crop
         self.class_to_idx = {name: i for i, name in enumerate(classes)}
         self.idx_to_class = {i: name for name, i in self.class_to_idx.items()}
 
@@ -156,7 +159,7 @@ class VOC2007DetectionTiny(Dataset):
         boxes[:, 0:4:2] *= width / original_width
         boxes[:, 1:4:2] *= height / original_height
 
-        if self.split == "train":
+        if self.crop:
             left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
             image = TF.crop(image, top, left, self.image_size, self.image_size)
             boxes = _crop_boxes(boxes, left, top, self.image_size)

@@ -181,7 +181,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         metavar="DIR",
-        help="another evaluation of the same images: a folder that fcos eval or fcos train wrote",
+        help="another evaluation of the same images: the folder with its text files",
     )
     parser.add_argument(
         "--export", metavar="DIR", help="write the text files here instead of into --out"
@@ -400,7 +400,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from eecs598 import reset_seed
     from eecs598.distributed import gather, is_main_process, num_processes, rank
     from eecs598.files import claimed, write_json
-    from eecs598.metrics import average_precision
+    from eecs598.metrics import average_precision, check_class_names
     from eecs598.sampling import TrainingSampler
     from eecs598.training_run import TrainingRun, ignore_signals
 
@@ -421,6 +421,13 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
             f"{description['contents']} and has {contents}. Bring back the old data, or start "
             "another training."
         )
+    check_class_names(classes)
+    for split, content in contents.items():
+        if not any(content["objects"].values()):
+            raise ValueError(
+                f"{split} of {data} has no object that counts; `fcos data check {data}` shows what "
+                "is there."
+            )
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {classes}")
     print(settings)
 
@@ -581,15 +588,20 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from eecs598.analysis import compare
+    from eecs598.analysis import check_comparable, compare
+    from eecs598.evaluation import image_names
     from eecs598.files import write_json
     from eecs598.metrics import read_text_format
 
     detector, settings, classes = _load_detector(args)
     device = _device(args.device)
-    dataset = _dataset(args.data, args.split, settings.image_size, classes)
+    dataset = _dataset(args.data, args.split, settings.image_size, classes, crop=False)
     beside = Path(args.checkpoint).parent / f"eval-{args.split}"
-    other = None if args.compare is None else read_text_format(args.compare)
+    other = None
+    if args.compare is not None:
+        other = read_text_format(args.compare)
+        names = image_names([path for path, _ in dataset.instances])
+        check_comparable(classes, names, other, args.compare)
     out = _make_empty(Path(args.out) if args.out else _next_free(beside), "--out")
     export = out if args.export is None else _make_empty(Path(args.export), "--export")
     evaluation = _evaluate(
@@ -814,11 +826,11 @@ def _workers(given: int | None) -> int:
 
 
 def _dataset(
-    data: str | Path, split: str, image_size: int, classes: list[str]
+    data: str | Path, split: str, image_size: int, classes: list[str], crop: bool | None = None
 ) -> VOC2007DetectionTiny:
     from a4_helper import VOC2007DetectionTiny
 
-    return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes)
+    return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes, crop=crop)
 
 
 def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:
@@ -958,12 +970,15 @@ def _evaluate(
 
 def _export(evaluation: Evaluation, folder: Path) -> None:
     """The text files that `fcos score` and `--compare` read."""
+    from eecs598.evaluation import image_names
     from eecs598.metrics import write_text_format
 
-    for path, prediction, target in zip(
-        evaluation.image_paths, evaluation.predictions, evaluation.targets, strict=True
+    for name, prediction, target in zip(
+        image_names(evaluation.image_paths),
+        evaluation.predictions,
+        evaluation.targets,
+        strict=True,
     ):
-        name = Path(path).stem
         write_text_format(folder, name, prediction, target, evaluation.class_names)
 
 
@@ -988,7 +1003,7 @@ def _write_report(
     write_report(
         out / "report.html",
         analysis,
-        title=f"{Path(facts['data']).name} {facts['split']}",
+        title=f"{Path(facts['data']).resolve().name} {facts['split']}",
         facts=[
             facts["checkpoint"],
             f"shorter side {facts['image_size']} px",
@@ -1009,7 +1024,8 @@ def _print_findings(metrics: dict[str, Any], comparison: Comparison | None) -> N
         result = comparison.difference
         print(
             f"{100 * result.difference:+.2f} against {comparison.name}, 95 % interval "
-            f"{100 * result.low:+.2f} to {100 * result.high:+.2f}"
+            f"{100 * result.low:+.2f} to {100 * result.high:+.2f}: "
+            + ("more than chance explains" if result.exceeds else "may be chance")
         )
     for smell in metrics["smells"]:
         print(f"warning: {smell}", file=sys.stderr)

@@ -8,17 +8,17 @@ analysis.metrics             # plain numbers: what ``metrics.json`` holds
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eecs598.coco_metrics import coco_metrics
 from eecs598.error_analysis import ErrorAnalysis, analyse_errors, confusion_matrix
-from eecs598.evaluation import Evaluation
+from eecs598.evaluation import Evaluation, image_names
 from eecs598.metrics import (
     Matches,
     PrecisionRecall,
@@ -26,11 +26,12 @@ from eecs598.metrics import (
     average_precision,
     match_detections,
     precision_recall_curves,
+    score_matches,
 )
 from eecs598.sanity import Smell, find_smells
 from eecs598.uncertainty import DifferenceResult, bootstrap_difference, bootstrap_map
 
-__all__ = ["Analysis", "Comparison", "analyse", "compare"]
+__all__ = ["Analysis", "Comparison", "analyse", "check_comparable", "compare"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,20 @@ def analyse(evaluation: Evaluation) -> Analysis:
         ValueError: for input that ``average_precision`` does not take.
     """
     given = (evaluation.predictions, evaluation.targets, evaluation.class_names)
-    metrics = average_precision(*given)
-    matches = match_detections(*given)
+    smells = find_smells(*given, image_sizes=evaluation.image_sizes)
+    try:
+        matches = match_detections(*given)
+    except ValueError as error:
+        # Broken numbers have no metrics; what else is wrong with them is worth knowing.
+        raise ValueError("\n".join([str(error), *(smell.message for smell in smells)])) from error
+    metrics = score_matches(matches)
     curves = precision_recall_curves(*given)
     errors = analyse_errors(*given)
     interval = bootstrap_map(*given)
-    smells = find_smells(*given, image_sizes=evaluation.image_sizes)
     best_f1, threshold = _best_f1(matches)
     metrics.update(
         score_thresh=evaluation.score_thresh,
-        mAP_11_point=average_precision(*given, method="11-point")["mAP"],
+        mAP_11_point=score_matches(matches, "11-point")["mAP"],
         interval=[interval.low, interval.high],
         best_f1=best_f1,
         best_threshold=threshold,
@@ -106,46 +111,64 @@ def analyse(evaluation: Evaluation) -> Analysis:
     return Analysis(evaluation, metrics, matches, curves, errors, smells)
 
 
-def compare(evaluation: Evaluation, other: TextFormat, name: str) -> Comparison:
+def check_comparable(
+    class_names: Sequence[str], names: Sequence[str], other: TextFormat, other_name: str
+) -> None:
+    """See that another evaluation is of the same images, before this one is made.
+
+    Args:
+        class_names, names: of this evaluation, see ``evaluation.image_names``.
+        other, other_name: see ``compare``.
+
+    Raises:
+        ValueError: it is of other images, or has other classes.
+    """
+    strangers = sorted(set(names) ^ set(other.image_names))
+    if strangers:
+        whose = "this evaluation" if strangers[0] in names else other_name
+        raise ValueError(
+            f"{other_name} has {len(other.image_names)} images and this evaluation {len(names)}; "
+            f"{len(strangers)} are in one of them alone, such as {strangers[0]} in {whose}. "
+            "Compare evaluations of the same split."
+        )
+    if unknown := set(other.class_names) - set(class_names):
+        raise ValueError(
+            f"{other_name} has the classes {sorted(unknown)}, which are not among "
+            f"{list(class_names)}; compare detectors of the same classes."
+        )
+
+
+def compare(evaluation: Evaluation, other: TextFormat, other_name: str) -> Comparison:
     """Compare an evaluation with detections that another one exported.
 
     Args:
         evaluation: this one.
         other: what ``metrics.read_text_format`` read. Its boxes may be in pixels of another image
             size.
-        name: of the other one.
+        other_name: of the other one.
 
     Raises:
         ValueError: detections of other images or other objects.
     """
-    names = [Path(path).stem for path in evaluation.image_paths]
-    place = {image: i for i, image in enumerate(other.image_names)}
-    if set(place) != set(names):
-        raise ValueError(
-            f"{name} has {len(place)} images and this evaluation {len(names)}, of which "
-            f"{len(set(place) & set(names))} are the same; compare evaluations of the same split."
-        )
-    label = {word: i for i, word in enumerate(evaluation.class_names)}
-    if unknown := set(other.class_names) - set(label):
-        raise ValueError(
-            f"{name} has the classes {sorted(unknown)}, which are not among "
-            f"{list(evaluation.class_names)}; compare detectors of the same classes."
-        )
-    labels = torch.tensor([label[word] for word in other.class_names])
-    order = [place[image] for image in names]
+    names = image_names(evaluation.image_paths)
+    check_comparable(evaluation.class_names, names, other, other_name)
+    place = {name: i for i, name in enumerate(other.image_names)}
+    label = {name: i for i, name in enumerate(evaluation.class_names)}
+    labels = torch.tensor([label[name] for name in other.class_names])
     predictions, targets = (
-        [{**items[i], "labels": labels[items[i]["labels"]]} for i in order]
+        [{**items[place[name]], "labels": labels[items[place[name]]["labels"]]} for name in names]
         for items in (other.predictions, other.targets)
     )
-    for image, ours, theirs in zip(names, evaluation.targets, targets, strict=True):
-        if not torch.equal(ours["labels"].sort()[0], theirs["labels"].sort()[0]):
+    for name, ours, theirs in zip(names, evaluation.targets, targets, strict=True):
+        if not _same_objects(ours, theirs):
             raise ValueError(
-                f"the ground truth of {image} in {name} has other objects than this evaluation; "
-                "compare evaluations of the same data."
+                f"the ground truth of {name} in {other_name} has other objects than this "
+                "evaluation; compare evaluations of the same data."
             )
+    own = (evaluation.predictions, evaluation.targets, evaluation.class_names)
     return Comparison(
-        name,
-        average_precision(evaluation.predictions, evaluation.targets, evaluation.class_names),
+        other_name,
+        average_precision(*own),
         average_precision(predictions, targets, evaluation.class_names),
         bootstrap_difference(
             evaluation.predictions,
@@ -155,6 +178,20 @@ def compare(evaluation: Evaluation, other: TextFormat, name: str) -> Comparison:
             targets_b=targets,
         ),
     )
+
+
+def _same_objects(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether these are the same objects in the same order, in images of any two sizes."""
+    if not torch.equal(ours["labels"].cpu(), theirs["labels"]):
+        return False
+    none = torch.zeros(len(theirs["labels"]), dtype=torch.bool)
+    if not torch.equal(ours.get("difficult", none), theirs.get("difficult", none)):
+        return False
+    boxes, others = (target["boxes"].cpu().double() for target in (ours, theirs))
+    if not len(boxes):
+        return True
+    # Sides are rounded to whole pixels, so the scale is not quite the same in x and y.
+    return torch.allclose(boxes / boxes.max(), others / others.max(), atol=0.03)
 
 
 def _best_f1(matches: Matches) -> tuple[float, float | None]:

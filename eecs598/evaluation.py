@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "image_names"]
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,16 @@ class Evaluation:
     targets: Sequence[Mapping[str, Any]]
     score_thresh: float
     levels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def image_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """A name for each image, no two alike, to name its text files by.
+
+    The name of the file without its suffix, where that tells all images apart; otherwise, its path
+    below the folder that they have in common, with ``__`` in place of slashes.
+    """
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([Path(path).parent for path in paths])
+        names = [Path(path).relative_to(common).as_posix().replace("/", "__") for path in paths]
+    return names

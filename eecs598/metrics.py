@@ -224,7 +224,7 @@ def match_detections(
     Arguments and errors are those of :func:`average_precision`, but ground truth may be absent.
     """
     _check_threshold(iou_threshold)
-    names = _check_class_names(class_names)
+    names = check_class_names(class_names)
     if len(predictions) != len(targets):
         raise ValueError(
             f"got predictions of {len(predictions)} images and targets of {len(targets)}; "
@@ -406,7 +406,7 @@ def write_text_format(
     """
     if not name or "\0" in name or Path(name).name != name:
         raise ValueError(f"the image name {name!r} cannot name a file; pass it without a folder")
-    names = _check_class_names(class_names)
+    names = check_class_names(class_names)
     detections = _gather_detections([prediction], len(names))
     ground_truth = _gather_ground_truth([target], len(names))
 
@@ -777,7 +777,12 @@ def _check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
 
 
-def _check_class_names(class_names: Sequence[str]) -> list[str]:
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    """The names as a list, once they are known to be ones that the text format can hold.
+
+    Raises:
+        ValueError: a name that is empty, is there twice, or has a line break.
+    """
     names = [] if isinstance(class_names, str | Mapping) else list(class_names)
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names must be a list of names, one for a label, got {class_names}")

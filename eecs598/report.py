@@ -28,6 +28,7 @@ from torchvision.ops import box_iou
 from eecs598.analysis import Analysis, Comparison
 from eecs598.evaluation import Evaluation
 from eecs598.files import replacing
+from eecs598.images import read_image
 
 __all__ = ["figures_html", "write_report"]
 
@@ -79,7 +80,8 @@ def write_report(
         )
     )
     with replacing(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+        # File names may hold bytes that are no text.
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
 
 
 def figures_html(analysis: Analysis) -> str:
@@ -319,7 +321,10 @@ def _mistakes(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _telling_mistakes(analysis: Analysis) -> list[tuple[str, int, int]]:
-    """Kind, image and index of confident false detections and of large objects that were missed."""
+    """Kind, image and index of confident false detections and of large objects that were missed.
+
+    Weights are the score, or the share of the image that the object fills.
+    """
     evaluation, errors = analysis.evaluation, analysis.errors
     sorts: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
     for image, (found, target) in enumerate(
@@ -331,17 +336,18 @@ def _telling_mistakes(analysis: Analysis) -> list[tuple[str, int, int]]:
                 sorts.setdefault((kind, int(found["labels"][index])), []).append(entry)
         for index in np.flatnonzero(errors.missed[image]).tolist():
             x1, y1, x2, y2 = target["boxes"][index].tolist()
-            entry = ((x2 - x1) * (y2 - y1), image, index)
+            share = (x2 - x1) * (y2 - y1) / math.prod(evaluation.image_sizes[image])
+            entry = (share, image, index)
             sorts.setdefault(("missed", int(target["labels"][index])), []).append(entry)
     # The first of every sort, then all second ones: no sort crowds out the others.
     ranked = []
-    for (kind, label), entries in sorts.items():
+    for (kind, _), entries in sorts.items():
         entries.sort(reverse=True)
         ranked += [
-            (rank, label, kind, image, index)
-            for rank, (_, image, index) in enumerate(entries[:MISTAKES_OF_ONE_SORT])
+            (rank, -weight, kind, image, index)
+            for rank, (weight, image, index) in enumerate(entries[:MISTAKES_OF_ONE_SORT])
         ]
-    return [which for _, _, *which in sorted(ranked)[:MAX_MISTAKES]]
+    return [which for _, _, *which in sorted(ranked)[: max(MAX_MISTAKES, len(sorts))]]
 
 
 def _mistake(analysis: Analysis, kind: str, image: int, index: int) -> dict[str, Any] | None:
@@ -386,16 +392,17 @@ def _cut_out(
 ) -> dict[str, Any] | None:
     """A JPEG of what is around a box, and what of the boxes is in it; None without the file."""
     try:
-        with Image.open(evaluation.image_paths[image]) as opened:
-            whole = opened.convert("RGB")
-    except OSError:
+        whole = read_image(Path(evaluation.image_paths[image]), upright=False)
+    except ValueError:
         return None
     # The boxes are in pixels of the image as the detector saw it.
     seen_height, seen_width = evaluation.image_sizes[image]
     scale = torch.tensor([whole.width / seen_width, whole.height / seen_height]).repeat(2)
     x1, y1, x2, y2 = (around * scale).tolist()
     margin = 0.25 * max(x2 - x1, y2 - y1) + 8
-    left, top = max(0, math.floor(x1 - margin)), max(0, math.floor(y1 - margin))
+    # Ground truth may lie outside its image.
+    left = min(max(0, math.floor(x1 - margin)), whole.width - 1)
+    top = min(max(0, math.floor(y1 - margin)), whole.height - 1)
     right = max(left + 1, min(whole.width, math.ceil(x2 + margin)))
     bottom = max(top + 1, min(whole.height, math.ceil(y2 + margin)))
     zoom = min(1.0, CROP_SIDE / max(right - left, bottom - top))

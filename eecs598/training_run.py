@@ -182,10 +182,12 @@ class TrainingRun:
             )
         self.write_history(history)
         at_period = self.eval_every and iteration % self.eval_every == 0
-        if self.evaluate is not None and (last or (at_period and not self._stopping)):
-            self._evaluate(iteration, model)
-        if is_main_process():
-            self._write_checkpoints(iteration, weights, state, history)
+        try:
+            if self.evaluate is not None and (last or (at_period and not self._stopping)):
+                self._evaluate(iteration, model)
+        finally:  # an evaluation that fails does not cost the training
+            if is_main_process():
+                self._write_checkpoints(iteration, weights, state, history)
         if self._stopping and not last:
             number = self.signal_number or signal.SIGTERM
             raise TrainingStopped(

@@ -141,7 +141,7 @@ def bootstrap_difference(
     weights = _draw(matches_a, num_samples, seed, confidence)
     samples = resampled_map(matches_a, weights) - resampled_map(matches_b, weights)
     low, high = _interval(samples, confidence)
-    return DifferenceResult(difference, low, high, not low <= 0 <= high, confidence)
+    return DifferenceResult(difference, low, high, low > 0 or high < 0, confidence)
 
 
 def resampled_map(matches: Matches, weights: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eecs598.evaluation import Evaluation
+from eecs598.evaluation import Evaluation, image_names
 from eecs598.metrics import write_text_format
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
@@ -69,8 +69,9 @@ def make_evaluation(folder: Path, scale: float = 1.0, drop: tuple[str, ...] = ()
 
 def export(evaluation: Evaluation, folder: Path) -> Path:
     """The text files of an evaluation."""
-    for path, prediction, target in zip(
-        evaluation.image_paths, evaluation.predictions, evaluation.targets, strict=True
+    names = image_names(evaluation.image_paths)
+    for name, prediction, target in zip(
+        names, evaluation.predictions, evaluation.targets, strict=True
     ):
-        write_text_format(folder, Path(path).stem, prediction, target, evaluation.class_names)
+        write_text_format(folder, name, prediction, target, evaluation.class_names)
     return folder

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 from evaluations import export, make_evaluation
 
 from eecs598.analysis import analyse, compare
+from eecs598.evaluation import image_names
 from eecs598.metrics import read_text_format, score_folder
 
 
@@ -59,6 +61,9 @@ def test_comparisons_that_make_no_sense_are_refused(tmp_path):
     (folder / "ground-truth" / "first.txt").write_text("cat 1 2 3 4\n")
     with pytest.raises(ValueError, match="first .* other objects"):
         compare(evaluation, read_text_format(folder), "run")
+    (folder / "ground-truth" / "first.txt").write_text("cat 60 10 90 50\na < b 60 60 90 90\n")
+    with pytest.raises(ValueError, match="first .* other objects"):  # one is elsewhere
+        compare(evaluation, read_text_format(folder), "run")
     (folder / "ground-truth" / "first.txt").write_text("dog 1 2 3 4\n")
     with pytest.raises(ValueError, match="dog"):
         compare(evaluation, read_text_format(folder), "run")
@@ -69,5 +74,24 @@ def test_comparisons_that_make_no_sense_are_refused(tmp_path):
             for name in ("image_paths", "image_sizes", "predictions", "targets")
         },
     )
-    with pytest.raises(ValueError, match="4 images and this evaluation 3"):
+    with pytest.raises(ValueError, match="4 images and this evaluation 3; 1 .* first in all"):
         compare(less, read_text_format(export(evaluation, tmp_path / "all")), "all")
+
+
+def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    names = image_names(["/data/a/1.png", "/data/b/1.png", "/data/b/2.png"])
+    assert names == ["a__1.png", "b__1.png", "b__2.png"]
+    assert image_names(["/data/a/1.png", "/data/b/2.png"]) == ["1", "2"]
+    evaluation = make_evaluation(tmp_path)
+    paths = [f"{tmp_path}/{number}/same.png" for number in range(4)]
+    evaluation = dataclasses.replace(evaluation, image_paths=paths)
+    folder = export(evaluation, tmp_path / "run")
+    assert score_folder(folder)["mAP"] == 0.25
+    assert compare(evaluation, read_text_format(folder), "run").difference.difference == 0
+
+
+def test_numbers_that_are_none_are_explained(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    evaluation.predictions[0]["scores"][1] = math.nan
+    with pytest.raises(ValueError, match="(?s)must be finite.*NaN"):
+        analyse(evaluation)

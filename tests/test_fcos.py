@@ -188,6 +188,15 @@ def test_eval_export_and_score_agree(run_folder, capsys):
     assert "--export" in capsys.readouterr().err
 
 
+def test_training_images_are_evaluated_whole(run_folder):
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--workers", "0", "--split"]
+    arguments += ["train", "--data", str(run_folder / "shapes"), "--out", str(run_folder / "whole")]
+    assert fcos.main(arguments) == 0
+    counts = json.loads((run_folder / "whole/metrics.json").read_text())["num_ground_truth"]
+    contents = json.loads((run_folder / "run/run.json").read_text())["contents"]
+    assert counts == contents["train"]["objects"]  # a crop would lose some
+
+
 def test_eval_writes_a_report_and_compares(run_folder, capsys):
     checkpoint, data = str(run_folder / "run/checkpoint.pt"), str(run_folder / "shapes")
     arguments = ["eval", checkpoint, "--data", data, "--workers", "0"]

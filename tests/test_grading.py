@@ -596,7 +596,7 @@ MUTANTS = [
     Mutant(
         "validation cropped",
         "a4_helper",
-        'if self.split == "train":',
+        "if self.crop:",
         "if True:",
         {"dataset": "validation"},
     ),

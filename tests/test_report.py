@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from evaluations import KINDS, export, make_evaluation
 
 from eecs598.analysis import analyse, compare
@@ -95,6 +97,33 @@ def test_images_that_are_gone_leave_out_pictures_only(tmp_path):
     write_report(tmp_path / "report.html", analysis, title="val")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<figure data-kind" not in text and "Precision and recall" in text
+
+
+def test_ground_truth_outside_its_image(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    evaluation.targets[2]["boxes"] += 300.0
+    write_report(tmp_path / "report.html", analyse(evaluation), title="val")
+    assert 'data-kind="missed"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_many_classes_all_have_their_mistakes(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    names = [f"class {number}" for number in range(150)]
+    count = len(names)
+    boxes = torch.tensor([[10.0, 10, 50, 50]]).repeat(count, 1)
+    everything = {"boxes": boxes, "labels": torch.arange(count), "scores": torch.rand(count)}
+    nothing = {"boxes": boxes + 50, "labels": torch.arange(count)}
+    evaluation = dataclasses.replace(
+        evaluation,
+        class_names=names,
+        **{name: getattr(evaluation, name)[:1] for name in ("image_paths", "image_sizes")},
+        predictions=[everything],
+        targets=[nothing],
+    )
+    write_report(tmp_path / "report.html", analyse(evaluation), title="val")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for kind in ("missed", "background"):
+        assert len(re.findall(f'data-kind="{kind}"', text)) == count
 
 
 def test_figures_for_a_notebook(tmp_path):
