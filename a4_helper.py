@@ -579,7 +579,7 @@ def inference_with_detector(
         ``eecs598.metrics.average_precision`` takes.
     """
     classes = [idx_to_class[i] for i in range(len(idx_to_class))]
-    predictions, targets = [], []
+    predictions, targets, names = [], [], set()
     start = time.perf_counter()
     for path, image, prediction, target in iterate_detections(
         detector, test_loader, score_thresh, nms_thresh, dtype=dtype, device=device
@@ -589,7 +589,14 @@ def inference_with_detector(
                 image, idx_to_class, target_rows(target), prediction_rows(prediction)
             )
         else:
-            write_text_format(output_dir, Path(path).stem, prediction, target, classes)
+            name = Path(path).stem
+            if name in names:
+                raise ValueError(
+                    f"two images are called {name}, and their text files would be, too; one is "
+                    f"{path}. `fcos eval` tells images of different folders apart."
+                )
+            names.add(name)
+            write_text_format(output_dir, name, prediction, target, classes)
         predictions.append(prediction)
         targets.append(target)
     print(f"{len(predictions)} images in {time.perf_counter() - start:.1f} s")

@@ -298,6 +298,14 @@ def test_every_image_gets_a_pair_of_files(val_loader, tmp_path):
     assert score_folder(tmp_path / "out")["num_ground_truth"] == {"cube": 4, "dice": 2}
 
 
+def test_files_of_one_name_are_not_written_over(val_loader, tmp_path):
+    twice = DataLoader(Subset(val_loader.dataset, [0, 0]))
+    with pytest.raises(ValueError, match="two images are called 0008"):
+        inference_with_detector(
+            Toy(), twice, val_loader.dataset.idx_to_class, 0.4, 0.5, output_dir=tmp_path / "out"
+        )
+
+
 def test_pictures_are_drawn_where_there_is_no_folder(val_loader, monkeypatch):
     drawn = []
     monkeypatch.setattr("a4_helper.detection_visualizer", lambda *args: drawn.append(args))
