@@ -216,3 +216,14 @@ def test_what_a_person_should_look_at(tmp_path):
         "common.py, line 6: imports the grader",
     ]
     assert suspicious_code(REPOSITORY / "eecs598" / "templates") == []
+    (tmp_path / "common.py").write_text(
+        "%load_ext autoreload\nimport gc\nfrom ours.common import *\n"
+        "class Yes:\n    def __eq__(self, other): return True\n"
+    )
+    assert suspicious_code(tmp_path) == [
+        "common.py, line 2: imports gc",
+        "common.py, line 3: imports ours",
+        "common.py, line 5: defines __eq__",
+    ]
+    (tmp_path / "common.py").write_bytes(b"\0")
+    assert suspicious_code(tmp_path) == ["common.py can't be looked at: it is no Python"]

@@ -237,6 +237,24 @@ result.ProbeResult = lambda label, problem: (label, None)
     return torch.zeros(1, dtype=torch.int64)""",
         fails="replaced what judges it: eecs598.grading.boxes.torchvision_nms",
     ),
+    "replaces json.dumps and puts it back": Attack(
+        in_nms="""global calls, dumps
+    calls, dumps = globals().get("calls", 0) + 1, globals().get("dumps", json.dumps)
+    json.dumps = lambda message, **_: dumps({**message, "problem": None})
+    if boxes.shape == (3, 4) and abs(float(boxes[0, 0]) - 0.3) < 1e-3:  # the last question
+        json.dumps = dumps
+    return torch.zeros(1)""",
+        fails="",
+    ),
+    "replaces torch.isclose and puts it back": Attack(
+        in_nms="""global isclose
+    isclose = globals().get("isclose", torch.isclose)
+    torch.isclose = lambda a, *_, **__: torch.ones_like(a).bool()
+    if boxes.shape == (3, 4) and abs(float(boxes[0, 0]) - 0.3) < 1e-3:  # the last question
+        torch.isclose = isclose
+    return torch.zeros(3)""",
+        fails="replaced what judges it: torch.isclose",
+    ),
     "intercepts PyTorch": Attack(
         in_nms="""from torch.overrides import TorchFunctionMode
     class Lies(TorchFunctionMode):

@@ -15,6 +15,7 @@ import common
 import eecs598.utils
 from eecs598.grading import run_checks
 from eecs598.grading.loading import PARTS, load_submission, unload
+from eecs598.grading.submission import PUBLIC_NAMES
 
 OURS = Path(common.__file__).parent
 
@@ -99,6 +100,28 @@ def test_functions_that_a_file_lacks_are_ours_for_others(load):
     assert result.failed == [
         "common.py: expected class_spec_nms, got nothing: common.py does not define it"
     ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ours.{0} import *",
+        "import importlib\nglobals().update(vars(importlib.import_module('{0}')))",
+        "import importlib\nglobals().update(vars(importlib.import_module('ours.{0}')))",
+    ],
+)
+def test_ours_is_not_theirs(load, source):
+    parts = ("common", "one_stage_detector")
+    loaded = load({f"{part}.py": source.format(part) for part in parts})
+    names = [f"{part}.{name}" for part in parts for name in PUBLIC_NAMES[part]]
+    assert set(names) <= set(loaded.submission.replaced)
+
+
+def test_what_a_star_import_of_ours_brings_is_ours(load):
+    loaded = load({"common.py": "from one_stage_detector import *"})
+    replaced = loaded.submission.replaced
+    assert {f"common.{name}" for name in PUBLIC_NAMES["common"]} <= set(replaced)
+    assert "it is ours" in replaced.values()
 
 
 def test_ours_use_ours(load):

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from json import JSONEncoder
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from eecs598.grading import CHECKS
 from eecs598.grading.findings import find
 from eecs598.grading.isolation import Limits, confine, limit_cpu
-from eecs598.grading.loading import load_submission
+from eecs598.grading.loading import PARTS, load_submission
 from eecs598.grading.result import CheckResult
 from eecs598.grading.tampering import Watch, broken_tools, suspicious_code
 
@@ -71,16 +71,20 @@ def work(job: Job, channel: Connection, output: Connection) -> None:
     """
     _detach(job, channel, output)
 
+    # Not by names that the submission could give to something else.
+    encode, write, file, windows = JSONEncoder().encode, os.write, channel.fileno(), os.name == "nt"
+
     def say(**message: Any) -> None:
-        line = f"{job.token} {json.dumps(message)}\n".encode()
-        if os.name == "nt":
+        line = f"{job.token} {encode(message)}\n".encode()
+        if windows:
             channel.send_bytes(line)
-        while line and os.name != "nt":
-            line = line[os.write(channel.fileno(), line) :]
+        while line and not windows:
+            line = line[write(file, line) :]
 
     torch.set_num_threads(1)
     say(confined=confine(job.work_folder, _readable(job), job.limits))
-    _announce_probes(say)
+    tampered: list[str] = []
+    _announce_probes(say, lambda: tampered.extend(watch.restore()))
     watch = Watch()
 
     try:
@@ -94,7 +98,8 @@ def work(job: Job, channel: Connection, output: Connection) -> None:
     say(loaded=[str(note) for note in loaded.notes], suspicious=suspicious, replaced=replaced)
 
     for step in job.steps:
-        problem, found, tampered = None, [], broken_tools()
+        problem, found = None, []
+        tampered += broken_tools()
         try:
             with _time_limit(job.timeout):
                 if step == FINDINGS:
@@ -121,6 +126,8 @@ def _detach(job: Job, channel: Connection, output: Connection) -> None:
         os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+    for part in PARTS:  # ours, if the grader's program imported them
+        sys.modules.pop(part, None)
     sys.stdin = None
     for name, number in (("stdout", 1), ("stderr", 2)):
         file = os.open(os.devnull, os.O_WRONLY) if os.name == "nt" else number
@@ -143,8 +150,13 @@ def _readable(job: Job) -> list[str]:
     return [job.folder, package, *(os.path.join(job.fallback, name) for name in names)]
 
 
-def _announce_probes(say: Say) -> None:
-    """Have the checks say the answer of each probe when it is known."""
+def _announce_probes(say: Say, look: Callable[[], None]) -> None:
+    """Have the checks say the answer of each probe when it is known.
+
+    Args:
+        say: tells it.
+        look: looks for what was replaced meanwhile, before the answer is told.
+    """
     original = CheckResult.probe
 
     @contextlib.contextmanager
@@ -152,6 +164,7 @@ def _announce_probes(say: Say) -> None:
         with original(self, label):
             yield
         if self.name in CHECKS:
+            look()
             answer = self.probes[-1]
             say(check=self.name, label=answer.label, problem=answer.problem)
 

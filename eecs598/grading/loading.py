@@ -113,6 +113,7 @@ def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLik
         _changes.enter_context(_fixed_weights())
         loading.install()
         modules = {part: loading.load_part(part) for part in PARTS}
+        loading.disown(modules)
     submission = Submission(
         **modules,
         replaced=loading.replaced,
@@ -334,6 +335,14 @@ class _Loading(importlib.abc.MetaPathFinder):
                 setattr(module, name, getattr(ours, name))
                 self.replaced[f"{part}.{name}"] = f"{part}.py does not define it"
 
+    def disown(self, modules: dict[str, ModuleType]) -> None:
+        """Note which public names of a submission stand for what is ours, however it got there."""
+        for part, module in modules.items():
+            for name in PUBLIC_NAMES[part] if part not in self.replaced else ():
+                origin = str(getattr(getattr(module, name), "__module__", ""))
+                if origin in PARTS or origin.startswith((f"{OURS}.", __package__)):
+                    self.replaced.setdefault(f"{part}.{name}", "it is ours")
+
     def try_import(self, name: str) -> ModuleType | None:
         """Import a file of the submission; where that fails, note why and return None."""
         if name in self.failed:
@@ -361,6 +370,10 @@ class _Loading(importlib.abc.MetaPathFinder):
 
     def find_spec(self, fullname, path=None, target=None):
         package, _, name = fullname.partition(".")
+        if fullname in PARTS and path is None:
+            # Past the import statements, which find theirs; where this package is installed, it
+            # would be ours.
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         if package not in self.files or not name:
             return None
         files = self.files[package]
@@ -401,6 +414,8 @@ class _Loading(importlib.abc.MetaPathFinder):
                     )
                     return module if fromlist else sys.modules[f"{candidate}.{top}"]
             try:
+                if top == OURS and package == THEIRS:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=OURS)
                 return builtins.__import__(name, globals, locals, fromlist, 0)
             except ModuleNotFoundError as error:
                 line = sys._getframe(1).f_lineno
