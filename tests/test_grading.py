@@ -682,9 +682,9 @@ MUTANTS = [
     Mutant(
         "images without detections skipped",
         "a4_helper",
-        "write_text_format(output_dir, Path(path).stem, prediction, target, classes)",
+        "write_text_format(output_dir, name, prediction, target, classes)",
         'len(prediction["boxes"]) and write_text_format(\n'
-        "                output_dir, Path(path).stem, prediction, target, classes\n"
+        "                output_dir, name, prediction, target, classes\n"
         "            )",
         {"evaluation_export": "every image"},
     ),
