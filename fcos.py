@@ -161,20 +161,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
         help="where CHECKPOINT is a plain state dict, which doesn't tell (regnet_x_400mf)",
     )
     parser.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
-    parser.add_argument(
-        "--score-thresh",
-        type=_fraction,
-        default=EVAL_SCORE_THRESH,
-        metavar="X",
-        help=f"detections score above it ({EVAL_SCORE_THRESH})",
-    )
-    parser.add_argument(
-        "--nms-thresh",
-        type=_fraction,
-        default=EVAL_NMS_THRESH,
-        metavar="X",
-        help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
-    )
+    _add_thresholds(parser, EVAL_SCORE_THRESH)
     parser.add_argument(
         "--out", metavar="DIR", help="new folder for results (eval-SPLIT beside CHECKPOINT)"
     )
@@ -212,20 +199,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="draw the detections (yes)",
     )
-    parser.add_argument(
-        "--score-thresh",
-        type=_fraction,
-        default=SHEET_SCORE_THRESH,
-        metavar="X",
-        help=f"detections score above it ({SHEET_SCORE_THRESH})",
-    )
-    parser.add_argument(
-        "--nms-thresh",
-        type=_fraction,
-        default=EVAL_NMS_THRESH,
-        metavar="X",
-        help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
-    )
+    _add_thresholds(parser, SHEET_SCORE_THRESH)
     parser.add_argument(
         "--image-size", type=_positive_int, metavar="N", help="another one than in training"
     )
@@ -340,6 +314,23 @@ def _setting_parser(name: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def _add_thresholds(parser: argparse.ArgumentParser, score_thresh: float) -> None:
+    parser.add_argument(
+        "--score-thresh",
+        type=_fraction,
+        default=score_thresh,
+        metavar="X",
+        help=f"detections score above it ({score_thresh})",
+    )
+    parser.add_argument(
+        "--nms-thresh",
+        type=_fraction,
+        default=EVAL_NMS_THRESH,
+        metavar="X",
+        help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
+    )
 
 
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
