@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import fcos
-from eecs598.grading import CheckResult, ProbeResult, labels_of, runner
+from eecs598.grading import CheckResult, ProbeResult, labels_of, loading, runner
 from eecs598.grading.reports import Report, format_table, format_text, to_dict, to_gradescope
 from eecs598.grading.rubric import load_rubric
 from eecs598.grading.runner import ENDED, Graded, Options, grade_folders
@@ -135,6 +137,27 @@ def test_a_missing_part_costs_its_own_points_alone(rubric, submission):
     (graded,) = grade_folders([folder], REPOSITORY, options)
     assert [result.ok for result in graded.results] == [True, False]
     assert any("missing" in note for note in graded.notes)
+
+
+def test_what_can_not_be_read_costs_nothing_else(monkeypatch, rubric, submission):
+    folder = submission()
+    for name in ("notes.py", "large.py"):
+        (folder / name).write_text("import gc\n")
+    os.mkfifo(folder / "pipe.py")
+    read = loading._read
+
+    def refuse(path: Path) -> str:
+        if path.name == "notes.py":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(loading, "_read", refuse)
+    options = Options(checks=("deltas",), findings=False)
+    (graded,) = grade_folders([folder], REPOSITORY, options)
+    assert [result.failed for result in graded.results] == [[]]
+    assert "notes.py can't be read: Permission denied" in graded.suspicious
+    assert "large.py, line 1: imports gc" in graded.suspicious
+    assert not any("pipe.py" in line for line in graded.suspicious)
 
 
 def test_where_processes_are_not_copied_grading_works_too(monkeypatch, submission):

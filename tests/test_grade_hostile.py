@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 import sys
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from eecs598.grading import isolation
+from eecs598.grading import child, isolation
 from eecs598.grading.runner import Graded, Options, grade_folders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,13 +40,15 @@ class Attack(NamedTuple):
     """Code of a common.py.
 
     ``in_nms`` becomes the body of a wrong ``nms``; ``at_import`` runs at the end of the file. Where
-    only the latter is given, ``nms`` is right.
+    only the latter is given, ``nms`` is right. ``honest`` is what ``nms`` returns without the
+    attack, where that is wrong.
     """
 
     at_import: str = ""
     in_nms: str = ""
     says: str = ""  # part of what is printed
     fails: str | None = None  # part of why the check of nms fails
+    honest: str = ""
 
 
 DENIED = """
@@ -65,7 +68,7 @@ ATTACKS = {
     "reads outside its folder": Attack(
         at_import=DENIED
         + """
-for path in ("SECRET", "OUTSIDE/submissions/right/common.py", "/proc/self/environ",
+for path in ("SECRET", "OUTSIDE/submissions/00/common.py", "/proc/self/environ",
              f"/proc/{_os.getppid()}/environ"):
     denied(lambda: open(path).read())
 denied(_os.listdir, "OUTSIDE")
@@ -206,6 +209,7 @@ _os.system("touch OUTSIDE/new")
     "replaces torch.isclose": Attack(
         at_import="torch.isclose = lambda a, *_, **__: torch.ones_like(a).bool()",
         in_nms="return torch.zeros(3)",
+        honest="torch.zeros(3)",
         fails="expected",
     ),
     "replaces parts of the grader": Attack(
@@ -222,6 +226,7 @@ result.CheckResult.failed = []
 result.ProbeResult = lambda label, problem: (label, None)
 """,
         in_nms="return torch.zeros(3)",
+        honest="torch.zeros(3)",
         fails="expected",
     ),
     "replaces code of the grader": Attack(
@@ -229,12 +234,14 @@ result.ProbeResult = lambda label, problem: (label, None)
     result = sys.modules["eecs598.grading.result"]
     result.expect.__code__ = (lambda condition, sentence: None).__code__
     return torch.zeros(3)""",
+        honest="torch.zeros(3)",
         fails="replaced what judges it: the code of eecs598.grading.result.expect",
     ),
     "replaces torchvision's nms": Attack(
         in_nms="""import sys
     sys.modules["eecs598.grading.boxes"].torchvision_nms = nms
     return torch.zeros(1, dtype=torch.int64)""",
+        honest="torch.zeros(1, dtype=torch.int64)",
         fails="replaced what judges it: eecs598.grading.boxes.torchvision_nms",
     ),
     "replaces json.dumps and puts it back": Attack(
@@ -244,6 +251,7 @@ result.ProbeResult = lambda label, problem: (label, None)
     if boxes.shape == (3, 4) and abs(float(boxes[0, 0]) - 0.3) < 1e-3:  # the last question
         json.dumps = dumps
     return torch.zeros(1)""",
+        honest="torch.zeros(1)",
         fails="",
     ),
     "replaces torch.isclose and puts it back": Attack(
@@ -253,6 +261,7 @@ result.ProbeResult = lambda label, problem: (label, None)
     if boxes.shape == (3, 4) and abs(float(boxes[0, 0]) - 0.3) < 1e-3:  # the last question
         torch.isclose = isclose
     return torch.zeros(3)""",
+        honest="torch.zeros(3)",
         fails="replaced what judges it: torch.isclose",
     ),
     "intercepts PyTorch": Attack(
@@ -263,7 +272,56 @@ result.ProbeResult = lambda label, problem: (label, None)
             return torch.ones_like(got) if func is torch.isclose else got
     Lies().__enter__()
     return torch.zeros(3)""",
+        honest="torch.zeros(3)",
         fails="replaced what judges it: expect_close, torch.isclose",
+    ),
+    "returns tensors that lie": Attack(
+        at_import="""
+class Equal(tuple):
+    __eq__ = __ge__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+    __hash__ = tuple.__hash__
+class Agrees(torch.Tensor):
+    shape = property(lambda self: Equal((3,)))
+    detach = cpu = double = lambda self: self
+    tolist = lambda self: Equal()
+    __len__ = lambda self: 1
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.isclose:
+            return torch.ones(1, dtype=torch.bool)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+""",
+        in_nms="return torch.zeros(3).as_subclass(Agrees)",
+        fails="expected",
+        honest="torch.zeros(3)",
+    ),
+    "returns an object that pretends to be a tensor": Attack(
+        at_import="""
+class Pretends:
+    __class__ = property(lambda self: torch.Tensor)
+    __eq__ = lambda self, other: True
+    __len__ = lambda self: 1
+    __getattr__ = lambda self, name: lambda *_: self
+    dtype = torch.int64
+""",
+        in_nms="return Pretends()",
+        fails="",
+        honest="object()",
+    ),
+    "makes its arguments lie": Attack(
+        at_import="""
+class Agrees(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return torch.ones(1, dtype=torch.bool)
+""",
+        in_nms="""boxes.zero_()
+    boxes.__class__ = scores.__class__ = Agrees
+    return torch.zeros(3)""",
+        fails="boxes after the call",
+        honest="torch.zeros(3 + 0 * boxes.zero_().dim())",
     ),
     "rewrites its results": Attack(
         in_nms="""import gc
@@ -272,6 +330,7 @@ result.ProbeResult = lambda label, problem: (label, None)
             for probe in thing.probes:
                 object.__setattr__(probe, "problem", None)
     return torch.zeros(3)""",
+        honest="torch.zeros(3)",
         fails="expected",
     ),
 }
@@ -317,9 +376,15 @@ def graded(tmp_path_factory) -> dict[str, Graded]:
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADER_TOKEN", "the secret")
         names = {"SECRET": secret, "OUTSIDE": outside, "PORT": server.getsockname()[1]}
+        honest = {
+            f"honest {attack.honest}": Attack(in_nms=f"return {attack.honest}")
+            for attack in ATTACKS.values()
+            if attack.honest
+        }
+        everything = {"right": Attack(), **ATTACKS, **honest}
         folders = [
-            write_submission(submissions / name, attack, **names)
-            for name, attack in {"right": Attack(), **ATTACKS}.items()
+            write_submission(submissions / f"{n:02}", attack, **names)
+            for n, attack in enumerate(everything.values())
         ]
         before, processes, work = contents(outside), isolation.children(), work_folders()
         results = grade_folders(folders, REPOSITORY, OPTIONS)
@@ -329,7 +394,7 @@ def graded(tmp_path_factory) -> dict[str, Graded]:
         server.settimeout(0)
         with pytest.raises(BlockingIOError):
             server.accept()
-    return dict(zip(["right", *ATTACKS], results, strict=True))
+    return dict(zip(everything, results, strict=True))
 
 
 def work_folders() -> set[str]:
@@ -338,6 +403,10 @@ def work_folders() -> set[str]:
 
 def failures(graded: Graded) -> dict[str, list[str]]:
     return {result.name: result.failed for result in graded.results if result.failed}
+
+
+def passed(graded: Graded) -> set[tuple[str, str]]:
+    return {(result.name, label) for result in graded.results for label in result.passed}
 
 
 def test_the_right_submission_has_no_failures(graded):
@@ -360,10 +429,33 @@ def test_attacks_do_no_harm_and_gain_nothing(graded, name):
         # The check of class_spec_nms may call nms; the one of the other module does not.
         assert "deltas" not in failed
         assert attack.fails in " ".join(failed["nms"])
+    if attack.honest:
+        assert passed(result) <= passed(graded[f"honest {attack.honest}"])
 
 
 def test_everything_is_confined_here(graded):
     assert set(graded["right"].protections) >= set(isolation.LAYERS) - {"user"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_root_becomes_another_user_where_that_one_can_read_enough(monkeypatch, mode):
+    # This environment may lie where others can't read, so what is needed is imported before.
+    importlib.import_module("a4_helper")
+    system = [path for path in isolation._system_paths() if isolation._is_open_to_all(path)]
+    monkeypatch.setattr(isolation, "_system_paths", lambda: system)
+    monkeypatch.setattr(child, "_readable", lambda job: [job.folder, job.fallback])
+    attack = Attack(at_import="_os.write(1, str(_os.getuid()).encode())")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        ours = write_submission(Path(folder, "ours"), Attack())
+        theirs = write_submission(Path(folder, "theirs", "A4"), attack).parent
+        (theirs / "A4").chmod(mode)
+        (graded,) = grade_folders([theirs], ours, OPTIONS)
+    assert failures(graded) == {}
+    is_other = mode == 0o755
+    assert ("user" in graded.protections) == is_other
+    assert ("attack: 6" in graded.output) == is_other
 
 
 def test_daemons_end_with_the_grading_even_where_processes_can_be_started(tmp_path, monkeypatch):

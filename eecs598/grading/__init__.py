@@ -69,9 +69,9 @@ def _judging(check: Check, *names: str) -> Check:
         if result.probes:
             return result
         if check not in _OF_THE_WHOLE:
-            return check(submission)
+            return check(submission.answering)
         with completed(submission) as complete:
-            return check(complete)
+            return check(complete.answering)
 
     return judge
 
@@ -116,8 +116,9 @@ CHECKS: dict[str, Check] = {
 @cache
 def labels_of(name: str) -> tuple[str, ...]:
     """The labels of the probes of a check, which are the same for every submission."""
-    nothing = (ModuleType(module) for module in ("common", "one_stage_detector", "a4_helper"))
-    return tuple(probe.label for probe in CHECKS[name].__wrapped__(Submission(*nothing)).probes)
+    modules = (ModuleType(module) for module in ("common", "one_stage_detector", "a4_helper"))
+    nothing = Submission(*modules).answering
+    return tuple(probe.label for probe in CHECKS[name].__wrapped__(nothing).probes)
 
 
 def run_checks(submission: Submission, names: Iterable[str] | None = None) -> list[CheckResult]:

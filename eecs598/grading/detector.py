@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eecs598.grading import reference
+from eecs598.grading.answers import plain
 from eecs598.grading.locations import find_cell
 from eecs598.grading.network import with_random_weights
 from eecs598.grading.reference import STRIDES
@@ -260,7 +261,7 @@ def _run_planted_losses(submission: Submission, scene: LossScene, num_steps: int
 
     got, expected, average = [], [], reference.FIRST_AVERAGE
     for _ in range(num_steps):
-        losses = detector(scene.images.clone(), scene.gt_boxes.clone())
+        losses = plain(detector(scene.images.clone(), scene.gt_boxes.clone()))
         expect(isinstance(losses, dict), f"expected a dict of losses, got {show(losses)}")
         got.append(losses)
         average = 0.9 * average + 0.1 * foreground
@@ -299,10 +300,10 @@ def check_training(submission: Submission) -> CheckResult:
         optimizer = torch.optim.Adam(detector.parameters(), lr=1.5e-3)
         for step in range(num_steps):
             optimizer.zero_grad()
-            sum(detector(images, gt_boxes).values()).backward()
+            sum(plain(detector(images, gt_boxes)).values()).backward()
             if step == 0:
                 gradients = {
-                    name: None if parameter.grad is None else parameter.grad.clone()
+                    name: None if parameter.grad is None else plain(parameter.grad).clone()
                     for name, parameter in detector.named_parameters()
                 }
             optimizer.step()
@@ -357,7 +358,7 @@ def _losses_with(
 ) -> dict[str, float]:
     for parameter, values in zip(detector.parameters(), weights, strict=True):
         parameter.copy_(values)
-    return {name: float(loss) for name, loss in detector(images, gt_boxes).items()}
+    return {name: float(loss) for name, loss in plain(detector(images, gt_boxes)).items()}
 
 
 # --------------------------------------------------------------------------------------------
@@ -403,8 +404,8 @@ class _Scene(NamedTuple):
 
     @torch.no_grad()
     def detect(self, score_thresh: float = LOW, nms_thresh: float = 0.5) -> Sequence[Tensor]:
-        return self.detector(
-            self.images, test_score_thresh=score_thresh, test_nms_thresh=nms_thresh
+        return plain(
+            self.detector(self.images, test_score_thresh=score_thresh, test_nms_thresh=nms_thresh)
         )
 
 
@@ -562,13 +563,13 @@ def check_sizes_and_dtypes(submission: Submission) -> CheckResult:
     def run(detector: nn.Module, images: Tensor) -> None:
         gt_boxes = torch.tensor([[[4.0, 6, 40, 50, 0], [-1] * 5]]).repeat(len(images), 1, 1)
         what = f"images {tuple(images.shape)} of {images.dtype}"
-        losses = detector.train()(images, gt_boxes.to(images.dtype))
+        losses = plain(detector.train()(images, gt_boxes.to(images.dtype)))
         loss = sum(losses.values())
         loss.backward()
         expect(bool(loss.isfinite()), f"{what}: expected a finite loss, got {show(loss.detach())}")
         with torch.no_grad():
-            boxes, classes, scores = detector.eval()(
-                images[:1], test_score_thresh=0.0, test_nms_thresh=0.5
+            boxes, classes, scores = plain(
+                detector.eval()(images[:1], test_score_thresh=0.0, test_nms_thresh=0.5)
             )
         expect(
             len(boxes) == len(classes) == len(scores) > 0,

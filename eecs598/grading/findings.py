@@ -53,6 +53,7 @@ def find(submission: Submission, folder: str | os.PathLike) -> list[str]:
         What can't be found out, because the code fails, is left out.
     """
     found: list[str] = []
+    submission = submission.answering
     for part, look in _LOOKS:
         if part in submission.replaced:
             continue

@@ -77,8 +77,8 @@ def confine(work: str, readable: Sequence[str], limits: Limits) -> list[str]:
         active |= _limit_resources(limits)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        readable = [*readable, *_system_paths()]
         active |= _drop_privileges(libc, work, readable)
+        readable = [*readable, *_system_paths()]
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
             active |= _restrict_files(libc, work, readable)
@@ -86,6 +86,7 @@ def confine(work: str, readable: Sequence[str], limits: Limits) -> list[str]:
     return [layer for layer in LAYERS if layer in active]
 
 
+_CAP_DAC_READ_SEARCH = 2
 _PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP = 22
 _PR_SET_CHILD_SUBREAPER = 36
@@ -166,10 +167,11 @@ def _threads_of(user: int) -> int:
 
 
 def _drop_privileges(libc: ctypes.CDLL, work: str, readable: Iterable[str]) -> set[str]:
-    """From root to a user that owns nothing; where it could not read enough, to root in name."""
+    """From root to a user that owns nothing; to a root that reads where that user could not."""
     if os.geteuid() != 0:
         return {"user"}
-    if all(_is_open_to_all(path) for path in (*readable, Path(work).parent)):
+    whole = [inside for path in readable for inside in (path, *_folders_and_sources(path))]
+    if all(_is_open_to_all(path) for path in (*whole, *_system_paths(), Path(work).parent)):
         # One user a process, so that they can't disturb each other.
         user = 60000 + os.getpid() % 5000
         with contextlib.suppress(OSError):
@@ -179,20 +181,24 @@ def _drop_privileges(libc: ctypes.CDLL, work: str, readable: Iterable[str]) -> s
             os.setresuid(user, user, user)
             return {"user"}
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    libc.capset(header, (ctypes.c_uint32 * 6)())
+    reads = 1 << _CAP_DAC_READ_SEARCH  # submissions may belong to anybody; what else, Landlock says
+    libc.capset(header, (ctypes.c_uint32 * 6)(reads, reads))
     return set()
 
 
 def _is_open_to_all(path: str | os.PathLike) -> bool:
-    """Whether any user may read a path, and the Python files that lie in it."""
+    """Whether any user may read a file, or a folder and what is in it."""
     path = Path(path).resolve()
-    files = [path, *path.glob("*.py")] if path.is_dir() else [path]
     try:
-        return all(file.stat().st_mode & 0o004 for file in files) and all(
+        return bool(path.stat().st_mode & 0o004) and all(
             folder.stat().st_mode & 0o001 for folder in (path, *path.parents) if folder.is_dir()
         )
     except OSError:
         return False
+
+
+def _folders_and_sources(path: str | os.PathLike) -> Iterator[Path]:
+    return (inside for inside in Path(path).rglob("*") if inside.suffix == ".py" or inside.is_dir())
 
 
 # --------------------------------------------------------------------------------------------
@@ -267,6 +273,7 @@ _REFUSED = """
     execveat 322 281            ptrace 101 117              process_vm_readv 310 270
     process_vm_writev 311 271   pidfd_open 434 434          pidfd_getfd 438 438
     pidfd_send_signal 424 424   tkill 200 130               rt_sigqueueinfo 129 138
+    open_by_handle_at 304 265   name_to_handle_at 303 264
     rt_tgsigqueueinfo 297 240   unshare 272 97              setns 308 268
     bpf 321 280                 perf_event_open 298 241     userfaultfd 323 282
     add_key 248 217             keyctl 250 219              io_uring_setup 425 425

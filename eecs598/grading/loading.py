@@ -186,9 +186,13 @@ def _python_files(folder: Path) -> Iterator[Path]:
         )
         for name in files:
             path = Path(current, name)
-            # A link may lead anywhere on this machine.
-            safe = path.is_file() and path.resolve().is_relative_to(inside)
-            if safe and name.endswith(".py") and not name.startswith("."):
+            if not name.endswith(".py") or name.startswith("."):
+                continue
+            is_file = os.path.isfile(path)
+            if path.is_symlink():  # it may lead anywhere on this machine
+                is_file = is_file and path.resolve().is_relative_to(inside)
+            # Where one may not even ask, reading it will say why.
+            if is_file or not os.path.lexists(path):
                 yield path
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
+from eecs598.grading.answers import plain
 from eecs598.grading.reference import STRIDES
 from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
 from eecs598.grading.submission import Submission, build
@@ -62,24 +63,24 @@ def check_backbone(submission: Submission) -> CheckResult:
         images, stages = torch.randn(1, 3, height, width), {}
 
         def note(_module: nn.Module, _inputs: object, output: dict[str, Tensor]) -> None:
-            stages.update(output)
+            stages.update(plain(output))
 
         handle = backbone().backbone.register_forward_hook(note)
         try:
-            levels = backbone()(images)
+            levels = plain(backbone()(images))
         finally:
             handle.remove()
-        return stages or backbone().backbone(images), levels
+        return stages or plain(backbone().backbone(images)), levels
 
     with result.probe("fpn_strides and out_channels"):
-        strides = dict(backbone().fpn_strides)
+        strides = dict(plain(backbone().fpn_strides))
         expect(strides == STRIDES, f"fpn_strides: expected {STRIDES}, got {strides}")
-        got = backbone().out_channels
+        got = plain(backbone().out_channels)
         expect(got == channels, f"out_channels=24: expected the attribute to be 24, got {got}")
 
     with result.probe("fpn_params has three 1x1 and three 3x3 convolutions"):
         layers = convolutions(backbone().fpn_params)
-        sizes = [(conv.kernel_size, conv.out_channels) for conv in layers]
+        sizes = plain([(conv.kernel_size, conv.out_channels) for conv in layers])
         for side, role in ((1, "lateral"), (3, "output")):
             number = sizes.count(((side, side), channels))
             expect(
@@ -145,14 +146,14 @@ def _expect_top_down(
     fpn_params: nn.Module, stages: Mapping[str, Tensor], levels: Mapping[str, Tensor]
 ) -> None:
     layers = convolutions(fpn_params)
-    outputs = [conv for conv in layers if conv.kernel_size == (3, 3)]
+    outputs = [conv for conv in layers if plain(conv.kernel_size) == (3, 3)]
     merged: Tensor | None = None
     for stage, above in (("c5", None), ("c4", "p5"), ("c3", "p4")):
         feats, level = stages[stage], levels[f"p{stage[1]}"]
         laterals = [
             conv
             for conv in layers
-            if conv.kernel_size == (1, 1) and conv.in_channels == feats.shape[1]
+            if plain((conv.kernel_size, conv.in_channels)) == ((1, 1), feats.shape[1])
         ]
         expect(
             len(laterals) == 1,
@@ -165,9 +166,10 @@ def _expect_top_down(
 
         def is_output_of(maps: Tensor, level: Tensor = level) -> bool:
             # Names are free, so the level may come from any of the 3x3 convolutions.
-            return any(torch.allclose(conv(maps), level, rtol=1e-3, atol=1e-4) for conv in outputs)
+            got = [plain(conv(maps)) for conv in outputs]
+            return any(torch.allclose(one, level, rtol=1e-3, atol=1e-4) for one in got)
 
-        lateral = laterals[0](feats)
+        lateral = plain(laterals[0](feats))
         wrong = {f"conv3x3(conv1x1({stage})), nothing from above": lateral}
         rule = f"conv3x3(conv1x1({stage}))"
         if merged is None:
@@ -217,15 +219,16 @@ def check_head(submission: Submission) -> CheckResult:
                 ("pred_ctr", [(stem[-1], 1)]),
             ):
                 layers = convolutions(getattr(model, name))
-                got = [(conv.in_channels, conv.out_channels) for conv in layers]
+                got = plain([(conv.in_channels, conv.out_channels) for conv in layers])
                 what = f"{name} with {describe(*setting)}"
                 expect(got == sizes, f"{what}: expected channels {sizes}, got {got}")
-                kernels = {conv.kernel_size for conv in layers}
+                kernels = {plain(conv.kernel_size) for conv in layers}
                 expect(kernels == {(3, 3)}, f"{what}: expected 3x3 kernels, got {kernels}")
 
     with result.probe("weights drawn from N(0, 0.01)"):
         for name, conv in _named_convolutions(head(*settings[0])):
-            mean, std = conv.weight.mean().item(), conv.weight.std().item()
+            weight = plain(conv.weight)
+            mean, std = weight.mean().item(), weight.std().item()
             # Six standard errors of the smallest layer, which has 576 weights.
             expect(
                 abs(mean) < 0.0025 and abs(std - 0.01) < 0.0018,
@@ -236,7 +239,8 @@ def check_head(submission: Submission) -> CheckResult:
     with result.probe("biases 0"):
         for name, conv in _named_convolutions(head(*settings[0])):
             if not name.startswith("pred_cls"):
-                largest = "no bias" if conv.bias is None else conv.bias.abs().max().item()
+                bias = plain(conv.bias)
+                largest = "no bias" if bias is None else bias.abs().max().item()
                 expect(largest == 0, f"{name}.bias: expected 0, got up to {show(largest)}")
 
     with result.probe("pred_cls.bias is -log(99)"):
@@ -250,7 +254,7 @@ def check_head(submission: Submission) -> CheckResult:
                 "p3": torch.randn(3, in_channels, 6, 4),
                 "p4": torch.randn(3, in_channels, 3, 2),
             }
-            predictions = head(*setting)(feats)
+            predictions = plain(head(*setting)(feats))
             for name, values, channels in zip(
                 ("class logits", "deltas", "centerness logits"),
                 predictions,
@@ -273,7 +277,7 @@ def check_head(submission: Submission) -> CheckResult:
             stem = getattr(model, name)
             number = len(convolutions(stem))
             expect(number == 3, f"stem_channels=[48, 40, 32]: expected 3 in {name}, got {number}")
-            got, expected = stem(feats), _run_stem(stem, feats)
+            got, expected = plain(stem(feats)), _run_stem(stem, feats)
             expect(
                 got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3),
                 f"{name} of a random feature map: expected 3x3 convolutions with padding 1, each "
@@ -283,20 +287,20 @@ def check_head(submission: Submission) -> CheckResult:
     with result.probe("centerness comes from the box stem"):
         model = with_random_weights(head(*settings[2]))
         feats = torch.randn(1, 32, 5, 4)
-        predictions = model({"p3": feats})
+        predictions = plain(model({"p3": feats}))
         for name, stem, values in (
             ("pred_cls", "stem_cls", predictions[0]["p3"]),
             ("pred_box", "stem_box", predictions[1]["p3"]),
             ("pred_ctr", "stem_box", predictions[2]["p3"]),
         ):
-            maps = getattr(model, name)(getattr(model, stem)(feats))  # (1, C, H, W)
+            maps = plain(getattr(model, name)(getattr(model, stem)(feats)))  # (1, C, H, W)
             # Sorted over the locations, because their order is the matter of another check.
             expected = maps.flatten(2).transpose(1, 2).sort(dim=1).values
             got = values.sort(dim=1).values
             if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
                 continue
             other = "stem_box" if stem == "stem_cls" else "stem_cls"
-            maps = getattr(model, name)(getattr(model, other)(feats))
+            maps = plain(getattr(model, name)(getattr(model, other)(feats)))
             swapped = maps.flatten(2).transpose(1, 2).sort(dim=1).values
             same = got.shape == swapped.shape and torch.allclose(got, swapped, rtol=1e-3, atol=1e-3)
             raise Wrong(
@@ -307,7 +311,7 @@ def check_head(submission: Submission) -> CheckResult:
     with result.probe("shared by all levels"):
         model = with_random_weights(head(*settings[1]))
         feats = torch.randn(1, 16, 3, 5)
-        for values in model({"p3": feats, "p4": feats, "p5": feats}):
+        for values in plain(model({"p3": feats, "p4": feats, "p5": feats})):
             for level in ("p4", "p5"):
                 what = f"the same features as p3 and as {level}: predictions of {level}"
                 expect_close(what, values[level], values["p3"].detach(), 1e-5)
@@ -332,5 +336,5 @@ def with_random_weights(model: nn.Module) -> nn.Module:
 
 def _run_stem(stem: nn.Module, feats: Tensor) -> Tensor:
     for conv in convolutions(stem):
-        feats = F.conv2d(feats, conv.weight, conv.bias, padding=1).relu()
+        feats = F.conv2d(feats, plain(conv.weight), plain(conv.bias), padding=1).relu()
     return feats

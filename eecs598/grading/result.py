@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eecs598.grading.answers import plain
+
 __all__ = [
     "CheckResult",
     "ProbeResult",
@@ -162,7 +164,7 @@ def expect_close(
         expected: what it should have returned; the data type is not compared.
         tolerance: allowed difference, both absolute and relative.
     """
-    expected = torch.as_tensor(expected)
+    got, expected = plain(got), torch.as_tensor(expected)
     if not isinstance(got, Tensor):
         raise Wrong(f"{what}: expected a tensor, got {show(got)}")
     if got.shape != expected.shape:
@@ -183,6 +185,7 @@ def expect_close(
 
 def show(value: object, digits: int = 6) -> str:
     """A short form of a value for a sentence."""
+    value = plain(value)
     if isinstance(value, Tensor):
         if value.numel() > 20:
             return f"a tensor of shape {tuple(value.shape)}"

@@ -220,11 +220,14 @@ def suspicious_code(folder: str | os.PathLike) -> list[str]:
     """
     lines = []
     for path in index_of(Path(folder)).values():
-        if path.stat().st_size > MAX_SOURCE:
-            lines.append(f"{path.relative_to(folder)} is larger than 1 MiB")
-            continue
         try:
+            if path.stat().st_size > MAX_SOURCE:
+                lines.append(f"{path.relative_to(folder)} is larger than 1 MiB")
+                continue
             tree, _ = parse_file(path, path.name)
+        except OSError as error:
+            lines.append(f"{path.relative_to(folder)} can't be read: {error.strerror}")
+            continue
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             lines.append(f"{path.relative_to(folder)} can't be looked at: it is no Python")
             continue
