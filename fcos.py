@@ -173,7 +173,9 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", metavar="DIR", help="write the text files here instead of into --out"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the metrics here, too")
+    parser.add_argument(
+        "--json", type=_output_file, metavar="FILE", help="write the metrics here, too"
+    )
     _add_machine_options(parser)
 
 
@@ -192,7 +194,9 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
         help="files; folders, without their subfolders; or patterns such as 'photos/**/*.jpg'",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder for the results")
-    parser.add_argument("--json", metavar="FILE", help="the boxes (DIR/predictions.json)")
+    parser.add_argument(
+        "--json", type=_output_file, metavar="FILE", help="the boxes (DIR/predictions.json)"
+    )
     parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
@@ -229,7 +233,9 @@ def _score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="DIR", help="folder with detection-results/ and ground-truth/"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the metrics as JSON")
+    parser.add_argument(
+        "--json", type=_output_file, metavar="FILE", help="write the metrics as JSON"
+    )
     parser.add_argument(
         "--figure", metavar="FILE", help="where to draw the AP of every class (DIR/ap.png)"
     )
@@ -240,7 +246,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     check = kinds.add_parser("check", help="find what is wrong with a data set before training")
     check.set_defaults(run=_data_check)
     check.add_argument("folder", metavar="DIR", help="in VOC layout, or with COCO's JSON")
-    check.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    _add_json(check, "write the report as JSON")
     shapes = kinds.add_parser("shapes", help="draw the generated set")
     shapes.set_defaults(run=_data_shapes)
     shapes.add_argument("folder", metavar="DIR")
@@ -262,7 +268,10 @@ def _grade_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="FOLDER", nargs="+", help="a submission")
     parser.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
     parser.add_argument(
-        "--json", metavar="FILE", help="write JSON to a file, too; Gradescope's with that format"
+        "--json",
+        type=_output_file,
+        metavar="FILE",
+        help="write JSON to a file, too; Gradescope's with that format",
     )
     parser.add_argument(
         "--rubric", metavar="FILE", help="points in TOML, in place of eecs598/grading/rubric.toml"
@@ -333,6 +342,10 @@ def _add_thresholds(parser: argparse.ArgumentParser, score_thresh: float) -> Non
     )
 
 
+def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--json", type=_output_file, metavar="FILE", help=text)
+
+
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -350,6 +363,15 @@ def _natural(text: str) -> int:
 
 def _fraction(text: str) -> float:
     return _checked(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _output_file(text: str) -> Path:
+    return _checked(Path, text, _is_writable, "a file in a folder that may be written to")
+
+
+def _is_writable(path: Path) -> bool:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
 
 
 def _checked(kind, text: str, accepts, expected: str):
@@ -756,6 +778,8 @@ def _grade(args: argparse.Namespace) -> int:
         result: Any = to_gradescope(reports[0])
     else:
         result = {"submissions": [to_dict(report) for report in reports]}
+    if args.json is not None:
+        write_json(args.json, result)
     if args.format == "text":
         for report in reports:
             if len(reports) == 1 or not report.is_full:
@@ -764,8 +788,6 @@ def _grade(args: argparse.Namespace) -> int:
             print(format_table(reports))
     else:
         print(json.dumps(result, indent=1))
-    if args.json is not None:
-        write_json(args.json, result)
     failed = [one for one in graded if one.error is not None]
     for one in failed:
         print(f"fcos: error: {one.folder} {one.error}", file=sys.stderr)

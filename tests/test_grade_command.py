@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -119,12 +120,47 @@ def test_gradescope(capsys, tmp_path, rubric, submission, change, status):
     assert result["execution_time"] > 0
 
 
+def test_results_are_saved_before_they_are_printed(
+    monkeypatch, capsys, tmp_path, rubric, submission
+):
+    odd = os.fsdecode(b"caf\xe9")  # no UTF-8, as from an archive made elsewhere
+    folder, file = submission(odd), tmp_path / "grades.json"
+    assert fcos.main(["grade", str(folder), "--rubric", rubric, "--json", str(file)]) == 0
+    (report,) = json.loads(file.read_text())["submissions"]
+    assert report["folder"].endswith("caf\N{REPLACEMENT CHARACTER}")
+    assert "6 of 6 points" in capsys.readouterr().out
+
+    def fail(*_: object) -> str:
+        raise BrokenPipeError("nobody listens")
+
+    file.unlink()
+    monkeypatch.setattr("eecs598.grading.reports.format_text", fail)
+    assert fcos.main(["grade", str(folder), "--rubric", rubric, "--json", str(file)]) == 2
+    assert len(json.loads(file.read_text())["submissions"]) == 1
+
+
+def test_the_place_of_an_endless_loop_is_told(submission):
+    decoding = "    offsets = deltas.clamp(min=0) * stride\n"
+    everywhere = submission("everywhere", decoding, f"    while True: pass\n{decoding}")
+    once = f"    while stride == 32: pass\n{decoding}"
+    options = Options(timeout=1, checks=("box_decoding",), findings=False)
+    loops = grade_folders([everywhere, submission("once", decoding, once)], REPOSITORY, options)
+    place = r"one_stage_detector.py, line \d+"
+    ((end,), (interrupted,)) = (one.results[0].failed for one in loops)
+    sentence = f"{ENDED}: still running after 2 s, in fcos_apply_deltas_to_locations ({place})"
+    assert re.fullmatch(sentence.replace("(", r"\(").replace(")", r"\)"), end)
+    assert re.search(f"raised TookTooLong: still running after 1 s .{place}", interrupted)
+    assert not any("Timeout (" in one.output for one in loops)
+
+
 def test_wrong_usage(capsys, tmp_path, rubric):
     assert fcos.main(["grade", "a", "b", "--format", "gradescope"]) == 2
     assert "2 folders given" in capsys.readouterr().err
     assert fcos.main(["grade", "a", "--rubric", str(tmp_path / "none.toml")]) == 2
     assert "none.toml" in capsys.readouterr().err
-    for options in (["--timeout", "0"], ["--jobs", "x"], ["--format", "xml"]):
+    wrong = (["--timeout", "0"], ["--jobs", "x"], ["--format", "xml"])
+    unwritable = (["--json", str(tmp_path)], ["--json", f"{rubric}/grades.json"])
+    for options in (*wrong, *unwritable):
         with pytest.raises(SystemExit) as exit_:
             fcos.main(["grade", "a", *options])
         assert exit_.value.code == 2

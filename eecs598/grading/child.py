@@ -84,11 +84,12 @@ def work(job: Job, channel: Connection, output: Connection) -> None:
     torch.set_num_threads(1)
     say(confined=confine(job.work_folder, _readable(job), job.limits))
     tampered: list[str] = []
-    _announce_probes(say, lambda: tampered.extend(watch.restore()))
+    clock = _Clock(job.timeout)
+    _announce_probes(say, lambda: tampered.extend(watch.restore()), clock)
     watch = Watch()
 
     try:
-        with _time_limit(job.timeout):
+        with clock.limit(), clock.interruptions():
             suspicious = suspicious_code(job.folder)
             loaded = load_submission(job.folder, job.fallback)
     except BaseException as error:
@@ -101,9 +102,10 @@ def work(job: Job, channel: Connection, output: Connection) -> None:
         problem, found = None, []
         tampered += broken_tools()
         try:
-            with _time_limit(job.timeout):
+            with clock.limit():
                 if step == FINDINGS:
-                    found = [str(finding) for finding in find(loaded.submission, job.folder)]
+                    with clock.interruptions():
+                        found = [str(finding) for finding in find(loaded.submission, job.folder)]
                 else:
                     CHECKS[step](loaded.submission)
         except BaseException as error:  # outside of a probe
@@ -150,18 +152,19 @@ def _readable(job: Job) -> list[str]:
     return [job.folder, package, *(os.path.join(job.fallback, name) for name in names)]
 
 
-def _announce_probes(say: Say, look: Callable[[], None]) -> None:
+def _announce_probes(say: Say, look: Callable[[], None], clock: _Clock) -> None:
     """Have the checks say the answer of each probe when it is known.
 
     Args:
         say: tells it.
         look: looks for what was replaced meanwhile, before the answer is told.
+        clock: interrupts a probe that takes too long, and nothing between two of them.
     """
     original = CheckResult.probe
 
     @contextlib.contextmanager
     def probe(self: CheckResult, label: str) -> Iterator[None]:
-        with original(self, label):
+        with original(self, label), clock.interruptions():
             yield
         if self.name in CHECKS:
             look()
@@ -175,28 +178,47 @@ class TookTooLong(Exception):
     """Raised in the code of a submission when its time is up."""
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block after its time, and again each time a little later.
+class _Clock:
+    """Interrupts what takes too long, again and again, and at last ends the process.
 
     So an endless loop costs its probe, not the whole check. What goes on nevertheless is ended
     after twice the time, here with a print of where it was, or by the grader.
     """
 
-    def interrupt(*_: object) -> None:
-        raise TookTooLong(f"still running after {seconds:g} s")
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._may_interrupt = False
 
-    limit_cpu(2 * seconds)
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
-    if os.name != "nt":
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, seconds, max(1.0, seconds / 20))
-    try:
-        yield
-    finally:
+    @contextlib.contextmanager
+    def limit(self) -> Iterator[None]:
+        """Give the block its time."""
+        # Half a second later, so that the last interruption is not lost in the print.
+        end = 2 * self._seconds + 0.5
+        limit_cpu(end)
+        faulthandler.dump_traceback_later(end, exit=True, file=2)
         if os.name != "nt":
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
+            signal.signal(signal.SIGALRM, self._interrupt)
+            again = max(1.0, self._seconds / 20)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, again)
+        try:
+            yield
+        finally:
+            if os.name != "nt":
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
+
+    @contextlib.contextmanager
+    def interruptions(self) -> Iterator[None]:
+        """Within a ``limit``, the block may be interrupted."""
+        self._may_interrupt = True
+        try:
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def _interrupt(self, *_: object) -> None:
+        if self._may_interrupt:
+            raise TookTooLong(f"still running after {self._seconds:g} s")
 
 
 def _exit(status: int) -> None:

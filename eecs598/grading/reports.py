@@ -166,6 +166,8 @@ def _points(report: Report) -> str:
 def _describe_protections(graded: Graded) -> str:
     """What a submission could not do on this machine, and what it could."""
     missing = [harm for layer, harm in LAYERS.items() if layer not in graded.protections]
+    if graded.error is not None:
+        return "nothing of it was run"
     text = f"confined: {', '.join(graded.protections) or 'not at all'}"
     return f"{text}. On this machine it could {'; '.join(missing)}" if missing else text
 

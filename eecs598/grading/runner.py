@@ -44,6 +44,7 @@ MAX_SENTENCE = 600
 MAX_SENTENCES = 60
 KEPT_OUTPUT = 2**15  # bytes of what a process prints: as many from its start as from its end
 MAX_FILES = 5000
+TRACEBACK = "Timeout ("  # begins what faulthandler prints of a process that has to end
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def grade_folders(
     options = options or Options()
     jobs = options.jobs or _num_cores()
     _prepare()
-    gradings = [_Grading(str(folder), str(fallback), options) for folder in folders]
+    gradings = [_Grading(os.fspath(folder), os.fspath(fallback), options) for folder in folders]
     waiting, running, others = deque(gradings), [], children()
     with adopt_orphans():
         try:
@@ -169,8 +170,10 @@ class _Grading:
     """One submission on its way through its processes."""
 
     def __init__(self, folder: str, fallback: str, options: Options) -> None:
-        self.graded = Graded(folder)
+        # A name that is no text can't be printed.
+        self.graded = Graded(os.fsencode(folder).decode(errors="replace"))
         self.is_done = False
+        self._folder = os.path.abspath(folder)
         self._fallback = os.path.abspath(fallback)
         self._options = options
         self._pending = deque(name for name in CHECKS if name in options.checks)
@@ -188,9 +191,8 @@ class _Grading:
 
     def begin(self) -> None:
         self._start_time = time.monotonic()
-        folder = self.graded.folder
         try:
-            os.listdir(folder)
+            os.listdir(self._folder)
         except OSError as error:
             self.graded.error = f"can't be graded: {error.strerror}"
             self._fail_all(self.graded.error)
@@ -226,9 +228,10 @@ class _Grading:
         if "processes" not in self.graded.protections:
             kill_orphans(known - {process.pid})
         self._process = None
-        self.graded.output = _shortened(self.graded.output + process.output.text())
+        printed = process.output.text().partition(TRACEBACK)[0]
+        self.graded.output = _shortened(self.graded.output + printed)
         if self._pending:
-            reason = problem or process.describe_end(status, self.graded.folder)
+            reason = problem or process.describe_end(status, self._folder)
             if self._expected == "steps":
                 self._fail_step(reason)
             else:
@@ -239,7 +242,7 @@ class _Grading:
         options = self._options
         work_folder = tempfile.mkdtemp(prefix="fcos-grade-")
         job = Job(
-            folder=os.path.abspath(self.graded.folder),
+            folder=self._folder,
             fallback=self._fallback,
             steps=tuple(self._pending),
             work_folder=os.path.realpath(work_folder),
@@ -440,8 +443,8 @@ class _Process:
     def describe_end(self, status: int | None, folder: str) -> str:
         """Why it ended by itself."""
         text = self.output.text()
-        if "Timeout (" in text:
-            where = _innermost_place(text, os.path.abspath(folder))
+        if TRACEBACK in text:
+            where = _innermost_place(text, folder)
             return f"still running after {2 * self._options.timeout:g} s{where}"
         if status is None:
             return "closed the grader's pipe"
