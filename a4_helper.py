@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from common import check_training_batch
@@ -38,12 +36,16 @@ from eecs598.distributed import (
 )
 from eecs598.evaluation import Evaluation
 from eecs598.files import replacing
+from eecs598.image_cache import ImageCache
 from eecs598.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     normalized,
     read_image,
     resize_shorter_side,
+    resized_size,
+    stored_size,
+    to_pixels,
 )
 from eecs598.metrics import write_text_format
 from eecs598.optimization import (
@@ -83,6 +85,8 @@ def hello_helper() -> None:
 # Data
 # --------------------------------------------------------------------------------------------
 
+MAX_CACHE_BYTES = 4 * 2**30
+
 
 class VOC2007DetectionTiny(Dataset):
     """PASCAL VOC 2007, or other data in its layout or in COCO's, resized for a small detector.
@@ -100,6 +104,9 @@ class VOC2007DetectionTiny(Dataset):
         image_size: shorter side in pixels.
         classes: class names in the order of their ids; the 20 of VOC unless given.
         crop: cut out the square in the centre; that of ``"train"`` alone unless given.
+        cache: keep the resized images in memory, shared by the workers of a loader, so that each
+            file is decoded once. Prints how much memory they take.
+        max_cache_bytes: of the cache; images beyond it are read from their files each time.
 
     Raises:
         ValueError: data that is missing or broken, or an object whose class is not in
@@ -115,6 +122,8 @@ class VOC2007DetectionTiny(Dataset):
         *,
         classes: Sequence[str] = VOC2007_CLASSES,
         crop: bool | None = None,
+        cache: bool = False,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         super().__init__()
         if image_size < 1:
@@ -132,6 +141,11 @@ class VOC2007DetectionTiny(Dataset):
             rows = [[*item["xyxy"], self._class_id(item["name"], path)] for item in objects]
             self.instances.append((path, torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)))
         self.max_boxes = max(len(boxes) for _, boxes in self.instances)
+        self.cache = None
+        if cache:
+            self._stored_sizes = [stored_size(path) for path, _ in self.instances]
+            sizes = [resized_size(*size, image_size) for size in self._stored_sizes]
+            self.cache = _announced(ImageCache(sizes, max_cache_bytes))
 
     def _class_id(self, name: str, path: Path) -> int:
         if name not in self.class_to_idx:
@@ -152,25 +166,32 @@ class VOC2007DetectionTiny(Dataset):
             boxes ``(M, 5)`` as x1, y1, x2, y2 in pixels of that image and class id. M is that of
             the fullest image of the set; rows of -1 are padding, or boxes that the crop removed.
         """
-        image, boxes = self.load(index)
-        original_width, original_height = image.size
-        image = resize_shorter_side(image, self.image_size)
-        width, height = image.size
-        boxes[:, 0:4:2] *= width / original_width
-        boxes[:, 1:4:2] *= height / original_height
-
+        side = self.image_size
+        path, boxes = self.instances[index]
+        if self.cache is None:
+            original, _ = self.load(index)
+            size, pixels = original.shape[1:], resize_shorter_side(original, side)
+        else:
+            size = self._stored_sizes[index]
+            pixels = self.cache.get(index, lambda: resize_shorter_side(self.load(index)[0], side))
+        height, width = pixels.shape[1:]
+        scale_y, scale_x = height / size[0], width / size[1]
+        boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y, 1.0])
         if self.crop:
-            left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
-            image = TF.crop(image, top, left, self.image_size, self.image_size)
-            boxes = _crop_boxes(boxes, left, top, self.image_size)
+            left, top = (width - side) // 2, (height - side) // 2
+            pixels = pixels[:, top : top + side, left : left + side]
+            boxes = _crop_boxes(boxes, left, top, side)
+        return _make_item(path, pixels, boxes, self.max_boxes)
 
-        return _make_item(self.instances[index][0], image, boxes, self.max_boxes)
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        """The image as it is in its file, and its boxes in those pixels.
 
-    def load(self, index: int) -> tuple[Image.Image, Tensor]:
-        """The image as it is in its file, in RGB, and its boxes ``(M, 5)`` in those pixels."""
+        Returns:
+            ``(3, H, W)`` in uint8, RGB; ``(M, 5)``.
+        """
         path, boxes = self.instances[index]
         # The boxes are those of the pixels as they are stored.
-        return read_image(path, upright=False), boxes.clone()
+        return to_pixels(read_image(path, upright=False)), boxes.clone()
 
 
 class AugmentedTrainingSet(Dataset):
@@ -180,12 +201,26 @@ class AugmentedTrainingSet(Dataset):
         dataset: where the images come from.
         augment: names of augmentations, see ``eecs598.augment.Augmentation``; without one, the
             items are those of the data set.
+        cache: keep the decoded images in memory, shared by the workers of a loader. What comes as
+            the data set's own items is a matter of the data set's cache.
+        max_cache_bytes: of the cache; images beyond it are read from their files each time.
     """
 
-    def __init__(self, dataset: VOC2007DetectionTiny, augment: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        dataset: VOC2007DetectionTiny,
+        augment: Sequence[str] = (),
+        *,
+        cache: bool = False,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
+    ) -> None:
         super().__init__()
         self.dataset = dataset
         self.augmentation = Augmentation(augment)
+        self.cache = None
+        if cache:
+            sizes = [stored_size(path) for path, _ in dataset.instances]
+            self.cache = _announced(ImageCache(sizes, max_cache_bytes))
         # A mosaic shows four images.
         self.max_boxes = dataset.max_boxes * (4 if "mosaic" in augment else 1)
 
@@ -197,19 +232,30 @@ class AugmentedTrainingSet(Dataset):
         side = sample.side or self.dataset.image_size
         if not self.augmentation.names and side == self.dataset.image_size:
             return self.dataset[sample.index]
-        image, boxes = self.augmentation(
-            self.dataset.load, len(self.dataset), sample.index, sample.seed, side
+        pixels, boxes = self.augmentation(
+            self._load, len(self.dataset), sample.index, sample.seed, side
         )
-        return _make_item(self.dataset.instances[sample.index][0], image, boxes, self.max_boxes)
+        return _make_item(self.dataset.instances[sample.index][0], pixels, boxes, self.max_boxes)
+
+    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.cache is None:
+            return self.dataset.load(index)
+        pixels = self.cache.get(index, lambda: self.dataset.load(index)[0])
+        return pixels, self.dataset.instances[index][1].clone()
+
+
+def _announced(cache: ImageCache) -> ImageCache:
+    print(f"images in memory: {cache}")
+    return cache
 
 
 def _make_item(
-    path: Path, image: Image.Image, boxes: Tensor, max_boxes: int
+    path: Path, pixels: Tensor, boxes: Tensor, max_boxes: int
 ) -> tuple[str, Tensor, Tensor]:
-    """Normalise an image and pad its boxes."""
+    """Normalise an image (3, H, W) in uint8 and pad its boxes."""
     padded = torch.full((max_boxes, 5), -1.0)
     padded[: len(boxes)] = boxes
-    return str(path), normalized(image), padded
+    return str(path), normalized(pixels), padded
 
 
 def _crop_boxes(boxes: Tensor, left: int, top: int, side: int) -> Tensor:

@@ -132,6 +132,9 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
             f"--{option}", type=_natural, default=argparse.SUPPRESS, metavar="N", help=text
         )
     parser.add_argument(
+        "--cache", action="store_true", help="keep the images in memory (up to 4 GB a split)"
+    )
+    parser.add_argument(
         "--tensorboard",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
@@ -425,8 +428,11 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
             f"--batch-size {settings.batch_size} can't be shared evenly by {num_processes()} "
             "processes; choose a multiple."
         )
-    train_set = _dataset(data, "train", settings.image_size, classes)
-    val_set = _dataset(data, "val", settings.image_size, classes)
+    varies = bool(settings.augment or settings.image_sizes)  # then it is the originals that count
+    train_set = _dataset(
+        data, "train", settings.image_size, classes, cache=args.cache and not varies
+    )
+    val_set = _dataset(data, "val", settings.image_size, classes, cache=args.cache)
     contents = {dataset.split: _contents(dataset) for dataset in (train_set, val_set)}
     if description.setdefault("contents", contents) != contents:
         raise ValueError(
@@ -477,7 +483,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
         num_processes=num_processes(),
     )
     train_loader = torch.utils.data.DataLoader(
-        AugmentedTrainingSet(train_set, settings.augment),
+        AugmentedTrainingSet(train_set, settings.augment, cache=args.cache and varies),
         batch_sampler=sampler,
         num_workers=_workers(args.workers),
         worker_init_fn=ignore_signals,
@@ -839,11 +845,11 @@ def _workers(given: int | None) -> int:
 
 
 def _dataset(
-    data: str | Path, split: str, image_size: int, classes: list[str], crop: bool | None = None
+    data: str | Path, split: str, image_size: int, classes: list[str], **options: bool
 ) -> VOC2007DetectionTiny:
     from a4_helper import VOC2007DetectionTiny
 
-    return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes, crop=crop)
+    return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes, **options)
 
 
 def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:

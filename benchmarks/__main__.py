@@ -1,6 +1,6 @@
 """All comparisons with peers in one table.
 
-    python -m benchmarks [nms detector average_precision command_line] [--device cuda]
+    python -m benchmarks [nms detector input_pipeline average_precision command_line] [--device cuda]
 
 Each module has ``rows(device)``, which checks that both sides give the same and then times them by
 turns. The peers come with ``pip install -e ".[bench]"``. Leave the machine alone meanwhile.
@@ -17,7 +17,7 @@ import torchvision
 
 from benchmarks.timing import table
 
-MODULES = ("nms", "detector", "average_precision", "command_line")
+MODULES = ("nms", "detector", "input_pipeline", "average_precision", "command_line")
 
 
 def main() -> None:

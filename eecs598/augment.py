@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -30,7 +29,7 @@ MIN_BOX_SIDE = 4.0
 
 MOSAIC_PROBABILITY = 0.5
 
-Loader = Callable[[int], tuple[Image.Image, Tensor]]
+Loader = Callable[[int], tuple[Tensor, Tensor]]
 Target = dict[str, Tensor]
 
 
@@ -63,18 +62,20 @@ class Augmentation:
 
     def __call__(
         self, load: Loader, num_images: int, index: int, seed: int, side: int
-    ) -> tuple[Image.Image, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Make one image.
 
         Args:
-            load: gives the picture and the boxes ``(M, 5)``, in its pixels, of an index.
+            load: gives the picture ``(3, H, W)`` in uint8, which stays as it is, and the boxes
+                ``(M, 5)``, in its pixels, of an index.
             num_images: how many there are.
             index: the image to make.
             seed: of everything that is random.
             side: of the result, in pixels.
 
         Returns:
-            The picture, ``side`` by ``side``, and its boxes ``(M, 5)``: x1, y1, x2, y2, class id.
+            The picture ``(3, side, side)`` in uint8 and its boxes ``(M, 5)``: x1, y1, x2, y2, class
+            id.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # and not that of the GPU
@@ -82,17 +83,19 @@ class Augmentation:
             if "mosaic" in self.names and torch.rand(()) < MOSAIC_PROBABILITY:
                 indices += torch.randint(num_images, (3,)).tolist()
             pictures = [
-                _with_boxes(image, boxes[:, :4], boxes[:, 4]) for image, boxes in map(load, indices)
+                _with_boxes(pixels, boxes[:, :4], boxes[:, 4])
+                for pixels, boxes in map(load, indices)
             ]
             picture = pictures[0] if len(pictures) == 1 else self._mosaic(pictures, side)
-            steps = self._geometry(picture[0].size, side)
-            if "photometric" in self.names:
-                steps.append(v2.RandomPhotometricDistort(p=0.5))
-            image, target = v2.Compose(steps)(*picture)
+            steps = self._geometry(picture[0].shape[1:], side)
+            if "photometric" in self.names:  # for colours, Pillow is the faster one
+                steps += [v2.ToPILImage(), v2.RandomPhotometricDistort(p=0.5), v2.PILToTensor()]
+            pixels, target = v2.Compose(steps)(*picture)
         boxes = target["boxes"].as_subclass(Tensor)
-        return image, torch.cat([boxes, target["labels"][:, None]], dim=1)
+        boxes = torch.cat([boxes, target["labels"][:, None]], dim=1)
+        return pixels.as_subclass(Tensor), boxes
 
-    def _geometry(self, size: tuple[int, int], side: int) -> list[v2.Transform]:
+    def _geometry(self, size: Sequence[int], side: int) -> list[v2.Transform]:
         # Of a strip that is a hundred times as long as wide, zoom would leave nothing.
         zoom = "zoom" in self.names and min(size) * side * ZOOM_RANGE[0] > 2 * max(size)
         steps: list[v2.Transform] = []
@@ -109,24 +112,24 @@ class Augmentation:
         return steps
 
     @staticmethod
-    def _mosaic(parts: list[tuple[Image.Image, Target]], side: int) -> tuple[Image.Image, Target]:
+    def _mosaic(parts: list[tuple[Tensor, Target]], side: int) -> tuple[Tensor, Target]:
         """Four images, each cut to a square of ``side``, as the quarters of one."""
-        whole = Image.new("RGB", (2 * side, 2 * side))
+        whole = torch.empty(3, 2 * side, 2 * side, dtype=torch.uint8)
         boxes, labels = [], []
         to_square = v2.Compose([v2.Resize(side), v2.RandomCrop(side), v2.SanitizeBoundingBoxes()])
         for number, part in enumerate(parts):
-            image, target = to_square(*part)
-            corner = (side * (number % 2), side * (number // 2))
-            whole.paste(image, corner)
-            boxes.append(target["boxes"].as_subclass(Tensor) + torch.tensor(corner * 2))
+            pixels, target = to_square(*part)
+            left, top = side * (number % 2), side * (number // 2)
+            whole[:, top : top + side, left : left + side] = pixels
+            boxes.append(target["boxes"].as_subclass(Tensor) + torch.tensor([left, top] * 2))
             labels.append(target["labels"])
         return _with_boxes(whole, torch.cat(boxes), torch.cat(labels))
 
 
-def _with_boxes(image: Image.Image, boxes: Tensor, labels: Tensor) -> tuple[Image.Image, Target]:
+def _with_boxes(pixels: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Target]:
     """The picture and its boxes as ``torchvision.transforms.v2`` takes them."""
-    size = (image.height, image.width)
-    return image, {
+    size = tuple(pixels.shape[1:])
+    return tv_tensors.Image(pixels), {
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
         "labels": labels,
     }

@@ -221,12 +221,14 @@ def test_eval_writes_a_report_and_compares(run_folder, capsys):
     assert "ground-truth" in capsys.readouterr().err
 
 
-def test_training_is_repeatable(run_folder):
+@pytest.mark.parametrize("options", [[], ["--augment", "flip"]], ids=["plain", "augmented"])
+def test_training_is_repeatable_with_images_in_memory_or_not(run_folder, capsys, options):
     histories = []
-    for name in ("again", "and-again"):
-        out = run_folder / name
-        train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL]
-        assert fcos.main([*train, "--seed", "3"]) == 0
+    for where in ("files", "memory"):
+        out = run_folder / "-".join([where, *options])
+        train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL, *options]
+        assert fcos.main([*train, "--seed", "3", *(["--cache"] if where == "memory" else [])]) == 0
+        assert ("images in memory: " in capsys.readouterr().out) == (where == "memory")
         histories.append(json.loads((out / "history.json").read_text()))
     assert histories[0] == histories[1]
 

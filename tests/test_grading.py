@@ -638,8 +638,8 @@ MUTANTS = [
     Mutant(
         "not normalised",
         "a4_helper",
-        "str(path), normalized(image), padded",
-        "str(path), TF.to_tensor(image), padded",
+        "str(path), normalized(pixels), padded",
+        "str(path), pixels / 255, padded",
         {"dataset": "normalised"},
     ),
     # Training loop

@@ -19,6 +19,7 @@ from eecs598.images import (
     normalized,
     read_image,
     resize_shorter_side,
+    to_pixels,
 )
 
 WIDTH, HEIGHT = 48, 32
@@ -220,9 +221,9 @@ def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):
 
 
 def test_resize_and_normalisation():
-    image = resize_shorter_side(quarters(), 64)
-    assert image.size == (96, 64)
-    white = normalized(Image.new("RGB", (4, 3), "white"))
+    pixels = resize_shorter_side(to_pixels(quarters()), 64)
+    assert pixels.shape == (3, 64, 96) and pixels.dtype == torch.uint8
+    white = normalized(to_pixels(Image.new("RGB", (4, 3), "white")))
     assert white.shape == (3, 3, 4) and white.dtype == torch.float32
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(white[:, 1, 2], expected)
