@@ -1,6 +1,6 @@
 """All comparisons with peers in one table.
 
-    python -m benchmarks [nms detector input_pipeline average_precision command_line] [--device cuda]
+    python -m benchmarks [MODULE ...] [--device cuda]
 
 Each module has ``rows(device)``, which checks that both sides give the same and then times them by
 turns. The peers come with ``pip install -e ".[bench]"``. Leave the machine alone meanwhile.

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ADAMW = ["--optimizer", "adamw", "--lr", "5e-4", "--weight-decay", "0.05"]
 # Name of a row -> options of `fcos train` that differ from the first row's.
 CHANGES: dict[str, list[str]] = {
     "base": [],
@@ -35,7 +36,10 @@ CHANGES: dict[str, list[str]] = {
     "flip + photometric": ["--augment", "flip,photometric"],
     "flip + zoom + mosaic": ["--augment", "flip,zoom,mosaic"],
     "batches of 128 to 192 px": ["--image-sizes", "128,160,192"],
-    "AdamW 5e-4": ["--optimizer", "adamw", "--lr", "5e-4", "--weight-decay", "0.05"],
+    "AdamW 5e-4": ADAMW,
+    "AdamW and GIoU": [*ADAMW, "--box-loss", "giou"],
+    "AdamW, cosine and warm-up": [*ADAMW, "--schedule", "cosine", "--warmup-iters", "100"],
+    "AdamW and group norm": [*ADAMW, "--head-norm", "group"],
 }
 
 
