@@ -38,7 +38,7 @@ CHANGES: dict[str, list[str]] = {
     "batches of 128 to 192 px": ["--image-sizes", "128,160,192"],
     "AdamW 5e-4": ADAMW,
     "AdamW and GIoU": [*ADAMW, "--box-loss", "giou"],
-    "AdamW, cosine and warm-up": [*ADAMW, "--schedule", "cosine", "--warmup-iters", "100"],
+    "AdamW with cosine and warm-up": [*ADAMW, "--schedule", "cosine", "--warmup-iters", "100"],
     "AdamW and group norm": [*ADAMW, "--head-norm", "group"],
 }
 
