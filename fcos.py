@@ -268,7 +268,9 @@ def _grade_options(parser: argparse.ArgumentParser) -> None:
         "have all points, 1 when not, and 2 when a folder or an option could not be used."
     )
     parser.set_defaults(run=_grade)
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="a submission")
+    parser.add_argument(
+        "folders", type=_some_name, metavar="FOLDER", nargs="+", help="a submission"
+    )
     parser.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
     parser.add_argument(
         "--json",
@@ -366,6 +368,10 @@ def _natural(text: str) -> int:
 
 def _fraction(text: str) -> float:
     return _checked(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _some_name(text: str) -> str:
+    return _checked(str, text, bool, "the name of a folder")
 
 
 def _output_file(text: str) -> Path:
@@ -788,7 +794,8 @@ def _grade(args: argparse.Namespace) -> int:
         write_json(args.json, result)
     if args.format == "text":
         for report in reports:
-            if len(reports) == 1 or not report.is_full:
+            to_look_at = report.graded.findings or report.graded.suspicious
+            if len(reports) == 1 or to_look_at or not report.is_full:
                 print(f"{format_text(report)}\n")
         if len(reports) > 1:
             print(format_table(reports))

@@ -297,6 +297,39 @@ class Agrees(torch.Tensor):
         fails="expected",
         honest="torch.zeros(3)",
     ),
+    "returns a tensor with methods of its own": Attack(
+        in_nms="""got = torch.zeros(3)
+    right = right_nms(boxes, scores, iou_threshold)
+    got.tolist, got.detach, got.sort = right.tolist, right.detach, right.sort
+    return got""",
+        fails="expected",
+        honest="torch.zeros(3)",
+    ),
+    "returns an array that lies": Attack(
+        at_import="""
+class Agrees:
+    __eq__ = lambda self, other: True
+    __lt__ = lambda self, other: True
+""",
+        in_nms="""import numpy
+    return numpy.array([Agrees()] * 3, dtype=object)""",
+        fails="expected",
+        honest="[object()] * 3",
+    ),
+    "returns an object whose class lies": Attack(
+        at_import="""
+class Lies(type):
+    __hash__ = lambda cls: hash(torch.Tensor)
+    __eq__ = lambda cls, other: True
+class Agrees(metaclass=Lies):
+    tolist = sort = detach = lambda self: self
+    __eq__ = lambda self, other: True
+    __len__ = lambda self: 1
+""",
+        in_nms="return Agrees()",
+        fails="",
+        honest="object()",
+    ),
     "returns an object that pretends to be a tensor": Attack(
         at_import="""
 class Pretends:

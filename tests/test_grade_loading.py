@@ -244,7 +244,8 @@ GOOD = "def before():\n    return 1\n\n{}\n\ndef after():\n    return 2\n"
     [
         ("def nms(boxes:\n    return boxes", "def nms", 4),
         ("def nms(boxes):\n    # TODO", "def nms", 7),
-        ("class FCOS:\n    def forward(self)\n        return 1", "class FCOS", 5),
+        ("class FCOS:\n    def forward(self)\n        return 1", "def forward", 5),
+        ("class FCOS\n    def forward(self):\n        return 1", "class FCOS", 4),
         ("@staticmethod\n@torch.no_grad()\ndef nms(b):\n    return b +", "def nms", 7),
         ("def nms(b):\n    if b:\n      x = 1\n     y = 2\n    return b", "def nms", 7),
         ("def nms(b):\n    return (b[0]\n", "def nms", 5),
@@ -259,6 +260,61 @@ def test_what_a_syntax_error_is_in_is_left_out(load, broken, lost, line):
     assert "common" not in loaded.submission.replaced
     assert loaded.submission.replaced["common.nms"] == "common.py does not define it"
     assert notes_with(loaded, f"common.py, line {line}", "Error", lost)
+
+
+METHODS = """
+class Network:
+    @property
+    def size(self):
+        return 1
+
+    @staticmethod
+    def broken():
+{}
+
+    def other(self):
+        return 3
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["        if 1:\n\treturn 2", "        return (2", "        return 2 +", "        x = = 2"],
+)
+def test_a_broken_method_costs_itself_alone(load, body):
+    network = load({"common.py": METHODS.format(body)}).submission.common.Network
+    assert network().size == 1 and network().other() == 3
+    assert not hasattr(network, "broken")
+
+
+def test_a_class_of_broken_methods_is_empty(load):
+    source = "class Empty:\n    def f(self)\n        pass\n    def g(self)\n        pass\nlast = 1"
+    loaded = load({"common.py": source})
+    assert loaded.submission.common.last == 1
+    assert not {"f", "g"} & set(dir(loaded.submission.common.Empty))
+    assert len(notes_with(loaded, "can't be judged")) == 2
+
+
+def test_of_an_unresolved_merge_the_first_side_is_judged(load):
+    merge = "def f():\n<<<<<<< HEAD\n    return 1\n=======\n    return 2\n>>>>>>> theirs\n"
+    loaded = load({"common.py": merge + "def g():\n    return 3"})
+    assert (loaded.submission.common.f(), loaded.submission.common.g()) == (1, 3)
+    assert notes_with(loaded, "common.py, line 2: an unresolved merge")
+
+
+@pytest.mark.parametrize("prefix", ["", "A4/"])
+def test_imports_may_name_the_folder(load, tmp_path, prefix):
+    name = "A4" if prefix else "submission"  # what the fixture calls its folder
+    source = f"from {name}.common import nms\nfrom {name}.a4_helper import *\nmine = nms"
+    loaded = load(
+        {
+            f"{prefix}common.py": "def nms():\n    return 5",
+            f"{prefix}a4_helper.py": "value = 6",
+            f"{prefix}one_stage_detector.py": source,
+        }
+    )
+    assert loaded.submission.one_stage_detector.mine() == 5
+    assert loaded.submission.one_stage_detector.value == 6
 
 
 def test_lines_for_notebooks_are_left_out(load):

@@ -6,6 +6,7 @@ import ast
 import math
 import random
 import sys
+from collections import OrderedDict, UserDict
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -603,15 +604,15 @@ MUTANTS = [
     Mutant(
         "boxes not cropped",
         "a4_helper",
-        "boxes = _crop_boxes(boxes, left, top, self.image_size)",
+        "boxes = _crop_boxes(boxes, left, top, side)",
         "pass",
         {"dataset": "training"},
     ),
     Mutant(
         "boxes not resized",
         "a4_helper",
-        "boxes[:, 0:4:2] *= width / original_width",
-        "pass",
+        "[scale_x, scale_y, scale_x, scale_y, 1.0]",
+        "[1.0, scale_y, 1.0, scale_y, 1.0]",
         {"dataset": "validation"},
     ),
     Mutant(
@@ -857,6 +858,110 @@ def test_networks_without_the_keyword_weights_are_built():
     submission.one_stage_detector.FCOS = PlainFCOS
     submission.common.DetectorBackboneWithFPN = PlainBackbone
     assert failures(run_checks(submission, ["backbone", "inference"])) == {}
+
+
+class Predictions(NamedTuple):
+    cls: dict
+    box: dict
+    ctr: dict
+
+
+class ByAttribute(dict):
+    __getattr__ = dict.__getitem__
+
+
+def uses_parts_by_name(modules: Submission) -> None:
+    class Backbone(modules.common.DetectorBackboneWithFPN):
+        def forward(self, images):
+            return ByAttribute(super().forward(images))
+
+    class Head(modules.one_stage_detector.FCOSPredictionNetwork):
+        def __init__(self, num_classes, *args, **kwargs):
+            super().__init__(num_classes, *args, **kwargs)
+            self.num_classes = num_classes
+
+        def forward(self, feats):
+            return Predictions(*super().forward(feats))
+
+    class Detector(modules.one_stage_detector.FCOS):
+        def forward(self, images, gt_boxes=None, **thresholds):
+            assert self.pred_net.num_classes == self.num_classes
+            images = images.to(next(self.backbone.parameters()).device)
+            feats = self.backbone(images=images)
+            assert feats.p3.shape[-1] >= self.pred_net(feats=feats).ctr["p3"].shape[-1]
+            return super().forward(images, gt_boxes, **thresholds)
+
+    modules.one_stage_detector.DetectorBackboneWithFPN = Backbone
+    modules.common.DetectorBackboneWithFPN = Backbone
+    modules.one_stage_detector.FCOSPredictionNetwork = Head
+    modules.one_stage_detector.FCOS = Detector
+
+
+def returns_nothing_from_train(modules: Submission) -> None:
+    for module, name in (
+        (modules.common, "DetectorBackboneWithFPN"),
+        (modules.one_stage_detector, "FCOSPredictionNetwork"),
+        (modules.one_stage_detector, "FCOS"),
+    ):
+        cls = getattr(module, name)
+
+        def train(self, mode=True, cls=cls):
+            super(cls, self).train(mode)
+
+        setattr(module, name, type(name, (cls,), {"train": train}))
+
+
+def names_the_levels(modules: Submission) -> None:
+    coords = modules.common.get_fpn_location_coords
+
+    def coords_of_three(shapes, strides, **options):
+        levels = ("p3", "p4", "p5")
+        return coords({p: shapes[p] for p in levels}, {p: strides[p] for p in levels}, **options)
+
+    class Head(modules.one_stage_detector.FCOSPredictionNetwork):
+        def forward(self, feats):
+            return super().forward({level: feats[level] for level in ("p3", "p4", "p5")})
+
+    modules.common.get_fpn_location_coords = coords_of_three
+    modules.one_stage_detector.FCOSPredictionNetwork = Head
+
+
+def cannot_be_copied(modules: Submission) -> None:
+    class Detector(modules.one_stage_detector.FCOS):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.dummy_out = self.backbone(torch.zeros(1, 3, 64, 64))
+
+    modules.one_stage_detector.FCOS = Detector
+
+
+def returns_other_containers(modules: Submission) -> None:
+    class Detector(modules.one_stage_detector.FCOS):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            return UserDict(found) if isinstance(found, dict) else iter(found)
+
+    match = modules.one_stage_detector.fcos_match_locations_to_gt
+    modules.one_stage_detector.FCOS = Detector
+    modules.one_stage_detector.fcos_match_locations_to_gt = lambda *args: OrderedDict(match(*args))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        uses_parts_by_name,
+        returns_nothing_from_train,
+        names_the_levels,
+        cannot_be_copied,
+        returns_other_containers,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_other_styles_pass(change):
+    submission = load()
+    change(submission)
+    results = run_checks(submission, set(CHECKS) - HELPER_CHECKS)
+    assert [sentence for result in results for sentence in result.failed] == []
 
 
 # --------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def _name(check: Check) -> str:
 
 
 # These judge how the parts are put together, whichever of them are written.
-_OF_THE_WHOLE = {check_losses, check_training, check_inference}
+_OF_THE_WHOLE = {check_losses, check_training, check_inference, check_sizes_and_dtypes}
 
 # In the order of the assignment.
 _CHECKS_AND_WHAT_THEY_JUDGE = (

@@ -7,6 +7,8 @@ comes from a submission goes through ``plain`` before it is judged.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, KeysView, Mapping, ValuesView
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -16,19 +18,33 @@ from torch import Tensor, nn
 
 __all__ = ["Answering", "plain"]
 
-_PLAIN = {
+_PLAIN = (
     type(None),
     bool,
     int,
     float,
     str,
     bytes,
-    Tensor,
-    nn.Parameter,
     torch.Size,
     torch.device,
     torch.dtype,
-}
+)
+
+
+MAX_ITEMS = 10_000  # of what might have no end
+
+
+class _Unknown:
+    """Stands for an object that no check has a use for."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __repr__(self) -> str:
+        return f"an object of class {self._kind}"
+
+    def __iter__(self) -> Iterator:
+        raise TypeError(f"expected values, got {self!r}")
 
 
 def plain(value: Any) -> Any:
@@ -36,20 +52,30 @@ def plain(value: Any) -> Any:
 
     Tensors, arrays, numbers, strings, paths and, with what they hold, dicts, lists and tuples of
     derived classes become those of Python, NumPy and PyTorch; autograd goes on through tensors.
-    Anything else becomes a placeholder that is equal to nothing.
+    Other mappings become dicts, and what can be gone through once becomes a list. Modules stay, and
+    what they return has to come here, too. Anything else becomes a placeholder that is equal to
+    nothing.
     """
     kind = type(value)  # which unlike ``value.__class__`` can't be made up
-    if kind in _PLAIN:
+    if any(kind is known for known in _PLAIN):  # "in" would ask the class
         return value
     if issubclass(kind, Tensor):
+        if kind is Tensor and not vars(value):
+            return value
         with torch._C.DisableTorchFunctionSubclass():
-            return Tensor.as_subclass(value, Tensor)
+            return Tensor.as_subclass(value, Tensor)  # without attributes of its own, too
     if issubclass(kind, dict):
         return {plain(key): plain(item) for key, item in dict.items(value)}
     for base in (list, tuple):
         if issubclass(kind, base):
             return base(plain(item) for item in base.__iter__(value))
+    if issubclass(kind, Mapping):
+        return plain(dict(value))
+    if issubclass(kind, (Iterator, KeysView, ValuesView)):
+        return plain(list(islice(value, MAX_ITEMS)))
     if issubclass(kind, np.ndarray):
+        if value.dtype.hasobject:
+            return plain(np.ndarray.tolist(value))
         return np.array(value, subok=False)
     if issubclass(kind, np.generic):
         return plain(np.generic.item(value))
@@ -61,17 +87,9 @@ def plain(value: Any) -> Any:
     ):
         if issubclass(kind, base):
             return convert(value)
+    if issubclass(kind, (nn.Module, _Unknown)):
+        return value
     return _Unknown(type.__getattribute__(kind, "__name__"))
-
-
-class _Unknown:
-    """Stands for an object that no check has a use for."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def __repr__(self) -> str:
-        return f"an object of class {self._kind}"
 
 
 class Answering:

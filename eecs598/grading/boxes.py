@@ -62,7 +62,8 @@ def check_nms(submission: Submission) -> CheckResult:
         # Equal scores leave the order open, so the boxes are far apart: all stay.
         boxes = torch.tensor([[0.0, 0, 10, 10], [50, 0, 60, 10], [0, 50, 10, 60]])
         got = submission.common.nms(boxes, torch.full((3,), 0.5), 0.5)
-        expect_close("three boxes far apart with score 0.5", got.sort().values, [0, 1, 2])
+        got = sorted(_indices(got))
+        expect(got == [0, 1, 2], f"three boxes far apart with score 0.5: expected all, got {got}")
 
     with result.probe("duplicates"):
         boxes = torch.tensor([[5.0, 5, 20, 20]]).repeat(4, 1)
@@ -97,6 +98,12 @@ def check_nms(submission: Submission) -> CheckResult:
     return result
 
 
+def _indices(got: object) -> list[int]:
+    if not isinstance(got, Tensor):
+        raise Wrong(f"expected a tensor of indices, got the {type(got).__name__} {show(got)}")
+    return got.tolist()
+
+
 def cell_boxes() -> tuple[Tensor, Tensor]:
     """The boxes and scores of the assignment's cell after reset_seed(0)."""
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +117,7 @@ def _on_cell_boxes(submission: Submission, threshold: float) -> tuple[list[int],
     """What torchvision keeps, and what the submission keeps."""
     boxes, scores = cell_boxes()
     expected = torchvision_nms(boxes, scores, threshold).tolist()
-    return expected, submission.common.nms(boxes, scores, threshold).tolist()
+    return expected, _indices(submission.common.nms(boxes, scores, threshold))
 
 
 def _fewer(submission: Submission, threshold: float) -> str:
@@ -120,7 +127,7 @@ def _fewer(submission: Submission, threshold: float) -> str:
     def outcome(indices: Tensor) -> tuple[list[int], list[int]]:
         some = boxes[indices], scores[indices]
         expected = torchvision_nms(*some, threshold).tolist()
-        return expected, submission.common.nms(*some, threshold).tolist()
+        return expected, _indices(submission.common.nms(*some, threshold))
 
     few = _shrink(lambda indices: operator.ne(*outcome(indices)), len(boxes))
     if len(few) > MAX_SHOWN:
@@ -169,7 +176,7 @@ def _words(boxes: Tensor, scores: Tensor, threshold: float) -> str:
 
 
 def _expect_kept(submission: Submission, boxes: Tensor, scores: Tensor, threshold: float) -> None:
-    got = submission.common.nms(boxes.clone(), scores.clone(), threshold).tolist()
+    got = _indices(submission.common.nms(boxes.clone(), scores.clone(), threshold))
     expected = torchvision_nms(boxes, scores, threshold).tolist()
     expect(
         got == expected,
@@ -228,7 +235,7 @@ def _expect_kept_by_class(
     def outcome(indices: Tensor) -> tuple[list[int], list[int]]:
         some = boxes[indices], scores[indices], classes[indices]
         return sorted(_kept_by_class(*some, threshold)), sorted(
-            submission.common.class_spec_nms(*some, threshold).tolist()
+            _indices(submission.common.class_spec_nms(*some, threshold))
         )
 
     expected, got = outcome(torch.arange(len(boxes)))

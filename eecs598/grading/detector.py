@@ -22,9 +22,10 @@ from eecs598.grading import reference
 from eecs598.grading.answers import plain
 from eecs598.grading.locations import find_cell
 from eecs598.grading.network import with_random_weights
+from eecs598.grading.planted import Predictions, locations_of, plant
 from eecs598.grading.reference import STRIDES
 from eecs598.grading.result import CheckResult, expect, expect_close, once, show
-from eecs598.grading.submission import FPN_CHANNELS, NUM_CLASSES, Submission, build
+from eecs598.grading.submission import NUM_CLASSES, Submission, build, evaluating, training
 
 __all__ = [
     "APART",
@@ -34,67 +35,10 @@ __all__ = [
     "check_losses",
     "check_sizes_and_dtypes",
     "check_training",
-    "locations_of",
     "make_scene",
-    "plant",
 ]
 
 LOSSES = ("loss_cls", "loss_box", "loss_ctr")
-Predictions = list[dict[str, Tensor]]  # class logits, deltas, centerness logits of each level
-
-
-class _PlantedHead(nn.Module):
-    """Stands in for the head and predicts what it was given."""
-
-    def __init__(self, predictions: Predictions) -> None:
-        super().__init__()
-        self.predictions = predictions
-
-    def forward(self, feats_per_fpn_level: object) -> Predictions:
-        return [dict(p) for p in self.predictions]
-
-
-class _PlantedBackbone(nn.Module):
-    """Stands in for the backbone: maps of the right shapes with nothing in them.
-
-    A planted head does not look at them, and so what is judged here depends on no backbone.
-    """
-
-    fpn_strides = STRIDES
-    out_channels = FPN_CHANNELS
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["original"] = original  # past nn.Module, which would register it
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {level: images.new_zeros(shape) for level, shape in _map_shapes(images).items()}
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["original"], name)
-
-
-def _map_shapes(images: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of the pyramid's maps."""
-    return {
-        level: (
-            len(images),
-            FPN_CHANNELS,
-            *(math.ceil(side / stride) for side in images.shape[-2:]),
-        )
-        for level, stride in STRIDES.items()
-    }
-
-
-def plant(submission: Submission, predictions: Predictions) -> nn.Module:
-    return submission.detector_with(
-        backbone=_PlantedBackbone, pred_net=lambda original: _PlantedHead(predictions)
-    )
-
-
-def locations_of(submission: Submission, images: Tensor) -> dict[str, Tensor]:
-    """The submission's coordinates for the feature maps of some images."""
-    return submission.common.get_fpn_location_coords(_map_shapes(images), STRIDES)
 
 
 # --------------------------------------------------------------------------------------------
@@ -157,7 +101,7 @@ class _LossSteps(NamedTuple):
     def divisor_factor(self) -> float | None:
         """What at least two of the losses are off by, which then is the divisor's; or None."""
         got, expected = self.got[0], self.expected[0]
-        ratios = sorted(float(got[name]) / expected[name] for name in LOSSES)
+        ratios = sorted(float(got[name]) / expected[name] for name in LOSSES if name in got)
         agreeing = [a for a, b in pairwise(ratios) if a > 0 and math.isclose(a, b, rel_tol=1e-4)]
         return agreeing[0] if agreeing else None
 
@@ -189,6 +133,7 @@ def check_losses(submission: Submission) -> CheckResult:
             for scene, run in ((ONE_LOCATION, small_step()), (SEVERAL, steps())):
                 # A wrong divisor, common to the losses, is the matter of the next probe.
                 factor = run.divisor_factor() or 1.0
+                expect(name in run.got[0], f"expected it among the losses, got {list(run.got[0])}")
                 expected, got = run.expected[0][name] * factor, float(run.got[0][name])
                 divisor = len(scene.images) * (0.9 * 150 + 0.1 * run.foreground) / factor
                 expect(
@@ -212,6 +157,7 @@ def check_losses(submission: Submission) -> CheckResult:
     with result.probe("the moving average moves on"):
         first, second = (float(losses["loss_cls"]) for losses in steps().got)
         before, after = (losses["loss_cls"] for losses in steps().expected)
+        expect(first > 0, f"the same batch once more: expected loss_cls above 0, got {first:g}")
         expect(
             math.isclose(second / first, after / before, rel_tol=1e-4),
             "the same batch once more: expected average = 0.9 * average + 0.1 * foreground "
@@ -240,7 +186,7 @@ def check_losses(submission: Submission) -> CheckResult:
 
     with result.probe("input unchanged"):
         locations = locations_of(submission, SEVERAL.images)
-        detector = plant(submission, SEVERAL.predictions(locations)).train()
+        detector = training(plant(submission, SEVERAL.predictions(locations)))
         images, gt_boxes = torch.randn_like(SEVERAL.images), SEVERAL.gt_boxes.clone()
         before = images.clone()
         detector(images, gt_boxes)
@@ -257,7 +203,7 @@ def _run_planted_losses(submission: Submission, scene: LossScene, num_steps: int
     locations = locations_of(submission, scene.images)
     predictions = scene.predictions(locations)
     sums, foreground = reference.sums_of_losses(locations, predictions, scene.gt_boxes)
-    detector = plant(submission, predictions).train()
+    detector = training(plant(submission, predictions))
 
     got, expected, average = [], [], reference.FIRST_AVERAGE
     for _ in range(num_steps):
@@ -291,7 +237,7 @@ def check_training(submission: Submission) -> CheckResult:
                 [[10.0, 4, 80, 60, 2], [-1] * 5],
             ]
         )
-        detector = submission.detector().train()
+        detector = training(submission.detector())
         # The head's initial weights of 0.01 would take a hundred steps to grow.
         with_random_weights(detector.pred_net.stem_cls)
         with_random_weights(detector.pred_net.stem_box)
@@ -404,9 +350,17 @@ class _Scene(NamedTuple):
 
     @torch.no_grad()
     def detect(self, score_thresh: float = LOW, nms_thresh: float = 0.5) -> Sequence[Tensor]:
-        return plain(
+        found = plain(
             self.detector(self.images, test_score_thresh=score_thresh, test_nms_thresh=nms_thresh)
         )
+        _expect_three(found)
+        return found
+
+
+def _expect_three(found: object) -> None:
+    is_sequence = isinstance(found, (tuple, list))
+    got = f"{len(found)} values" if is_sequence else show(found)
+    expect(is_sequence and len(found) == 3, f"expected (boxes, classes, scores), got {got}")
 
 
 def make_scene(
@@ -429,7 +383,11 @@ def make_scene(
         left, top, right, bottom = (STRIDES[level] * delta for delta in deltas)
         boxes.append([x - left, y - top, x + right, y + bottom])
     return _Scene(
-        plant(submission, predictions).eval(), images, locations, predictions, torch.tensor(boxes)
+        evaluating(plant(submission, predictions)),
+        images,
+        locations,
+        predictions,
+        torch.tensor(boxes),
     )
 
 
@@ -450,10 +408,6 @@ def check_inference(submission: Submission) -> CheckResult:
 
     with result.probe("three tensors of matching shapes"):
         found = make_scene(submission, APART).detect()
-        expect(
-            isinstance(found, (tuple, list)) and len(found) == 3,
-            f"expected (boxes, classes, scores), got {show(found)}",
-        )
         got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
         expect(
             got == [(3, 4), (3,), (3,)],
@@ -532,8 +486,8 @@ def _expect_found(
         got == expected,
         f"predicted: boxes {show(scene.boxes)} of classes {[p.label for p in planted]} with scores "
         f"{[round(p.score, 2) for p in planted]}, score threshold {score_thresh}, NMS threshold "
-        f"{nms_thresh}: expected detections of the classes {expected}, got {got} with scores "
-        f"{show(scores)}",
+        f"{nms_thresh}: expected detections of the classes {expected}, got {len(got)} of the "
+        f"classes {got[:6]} with scores {show(scores[:6])}",
     )
 
 
@@ -563,14 +517,16 @@ def check_sizes_and_dtypes(submission: Submission) -> CheckResult:
     def run(detector: nn.Module, images: Tensor) -> None:
         gt_boxes = torch.tensor([[[4.0, 6, 40, 50, 0], [-1] * 5]]).repeat(len(images), 1, 1)
         what = f"images {tuple(images.shape)} of {images.dtype}"
-        losses = plain(detector.train()(images, gt_boxes.to(images.dtype)))
+        losses = plain(training(detector)(images, gt_boxes.to(images.dtype)))
         loss = sum(losses.values())
         loss.backward()
         expect(bool(loss.isfinite()), f"{what}: expected a finite loss, got {show(loss.detach())}")
         with torch.no_grad():
-            boxes, classes, scores = plain(
-                detector.eval()(images[:1], test_score_thresh=0.0, test_nms_thresh=0.5)
+            found = plain(
+                evaluating(detector)(images[:1], test_score_thresh=0.0, test_nms_thresh=0.5)
             )
+        _expect_three(found)
+        boxes, classes, scores = found
         expect(
             len(boxes) == len(classes) == len(scores) > 0,
             f"{what}, score threshold 0: expected detections, got {len(boxes)} boxes and "
@@ -602,6 +558,9 @@ def check_sizes_and_dtypes(submission: Submission) -> CheckResult:
         run(detector().double(), torch.randn(2, 3, 64, 32, dtype=torch.float64))
 
     with result.probe("targets and boxes in float64"):
+        for name in ("get_deltas_from", "apply_deltas_to", "make_centerness"):
+            for written, reason in submission.replaced.items():
+                expect(f"fcos_{name}_" not in written, f"{written}: {reason}")
         _expect_double_precision(submission.one_stage_detector)
     return result
 
@@ -635,7 +594,10 @@ def _expect_double_precision(osd: ModuleType) -> None:
         ),
     ):
         expect(
-            isinstance(one, Tensor) and not torch.equal(one, other),
-            f"{what}: expected different values, got twice {show(one, 12)} of "
-            f"{getattr(one, 'dtype', None)}",
+            isinstance(one, Tensor) and isinstance(other, Tensor),
+            f"{what}: expected tensors, got {show(one)}",
+        )
+        expect(
+            not torch.equal(one, other),
+            f"{what}: expected different values, got twice {show(one, 12)} of {one.dtype}",
         )

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eecs598.grading.boxes import cell_boxes
-from eecs598.grading.detector import APART, SEVERAL, LossScene, locations_of, make_scene, plant
+from eecs598.grading.detector import APART, SEVERAL, LossScene, make_scene
 from eecs598.grading.helper import EVALUATED, export_detections
 from eecs598.grading.loading import index_of, parse_file
 from eecs598.grading.locations import (
@@ -33,9 +33,10 @@ from eecs598.grading.locations import (
     expect_responses_in_place,
 )
 from eecs598.grading.network import build_backbone
+from eecs598.grading.planted import locations_of, plant
 from eecs598.grading.reference import STRIDES
 from eecs598.grading.result import Wrong, isolated, place_in, show
-from eecs598.grading.submission import Submission
+from eecs598.grading.submission import Submission, evaluating, training
 
 __all__ = ["find"]
 
@@ -76,7 +77,7 @@ def find(submission: Submission, folder: str | os.PathLike) -> list[str]:
 def _location_order(submission: Submission) -> Iterator[str]:
     try:
         expect_responses_in_place(submission, 3, 5)
-        expect_local_gradients(submission, submission.detector().eval(), 64, 224)
+        expect_local_gradients(submission, evaluating(submission.detector()), 64, 224)
     except Wrong as wrong:
         if ADVICE not in str(wrong):
             return  # something else is wrong
@@ -269,7 +270,7 @@ def _training_step(submission: Submission) -> Iterator[str]:
     calls, reads = [], {}
     for scene in (small, SEVERAL):
         predictions = scene.predictions(locations_of(submission, scene.images))
-        detector = plant(submission, predictions).train()
+        detector = training(plant(submission, predictions))
         images, gt_boxes = torch.randn_like(scene.images), scene.gt_boxes.clone()
         before = images.clone()
         with _PretendedGpu() as watched:
@@ -313,9 +314,9 @@ def _prints(submission: Submission) -> Iterator[str]:
     images = torch.randn(2, 3, 64, 192)
     listener = _Listener()
     with redirect_stdout(listener), contextlib.suppress(Exception):
-        detector.train()(images, SEVERAL.gt_boxes.clone())
+        training(detector)(images, SEVERAL.gt_boxes.clone())
         with torch.no_grad():
-            detector.eval()(images[:1], test_score_thresh=0.05, test_nms_thresh=0.5)
+            evaluating(detector)(images[:1], test_score_thresh=0.05, test_nms_thresh=0.5)
     for place, text in sorted(listener.places.items())[:3]:
         yield (
             f"{place}: prints {text[:40]!r} in every forward pass, thousands of times in a "

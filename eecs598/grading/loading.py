@@ -221,7 +221,7 @@ def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
         SyntaxError: nothing can be made of it.
     """
     lines = _read(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    notes: list[str] = []
+    notes = _resolve_conflicts(lines, file)
     while True:
         try:
             return ast.parse("\n".join(lines)), notes
@@ -237,16 +237,49 @@ def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
                 lines[number] = re.sub(r"\S.*", "pass", lines[number])
                 notes.append(f"{file}, line {number + 1}: {line[:40]!r} is for notebooks; left out")
                 continue
-            start, end = _top_level_block(lines, number)
+            # A method by itself; what is around it, if that was not the reason.
+            start, end = _method(lines, number) or _top_level_block(lines, number)
             if not any(lines[start:end]):
                 raise
-            what = re.match(r"\s*((?:async )?def|class)\s+(\w+)", _first_code(lines, start, end))
+            first = _first_code(lines, start, end)
+            what = re.match(r"\s*((?:async )?def|class)\s+(\w+)", first)
             name = f"{what[1]} {what[2]}" if what else f"lines {start + 1} to {end}"
             notes.append(
                 f"{file}, line {error.lineno}: {type(error).__name__}: {error.msg}; {name} can't "
                 "be judged"
             )
             lines[start:end] = [""] * (end - start)
+            if first[:1].isspace():
+                indent = re.match(r"\s*", first)[0]
+                lines[start] = f"{indent}{_PLACEHOLDER}"  # a class needs something in it
+
+
+_PLACEHOLDER = "pass  # left out"
+
+
+def _method(lines: list[str], number: int) -> tuple[int, int] | None:
+    """First line and end of the method around a line, unless it was left out before."""
+
+    def indent(line: str) -> int:
+        return len(line.expandtabs()) - len(line.expandtabs().lstrip())
+
+    start = number
+    while start >= 0 and not re.match(r"\s+(async )?def ", lines[start]):
+        if re.match(r"\S", lines[start]) or lines[start].endswith(_PLACEHOLDER):
+            return None
+        start -= 1
+    if start < 0:
+        return None
+    end = start + 1
+    while end < len(lines) and (
+        not lines[end].strip() or indent(lines[end]) > indent(lines[start])
+    ):
+        end += 1
+    if end <= number:
+        return None
+    while lines[start - 1].lstrip().startswith("@"):
+        start -= 1
+    return start, end
 
 
 def _top_level_block(lines: list[str], number: int) -> tuple[int, int]:
@@ -270,6 +303,22 @@ def _top_level_block(lines: list[str], number: int) -> tuple[int, int]:
     return start, end
 
 
+def _resolve_conflicts(lines: list[str], file: str) -> list[str]:
+    """Keep the first side where Git has left both."""
+    notes, side = [], None
+    for number, line in enumerate(lines):
+        if line.startswith("<<<<<<< "):
+            notes.append(
+                f"{file}, line {number + 1}: an unresolved merge; its first side is judged"
+            )
+            side, lines[number] = 1, ""
+        elif side and line.startswith(">>>>>>> "):
+            side, lines[number] = None, ""
+        elif side and (side == 2 or line == "======="):
+            side, lines[number] = 2, ""
+    return notes
+
+
 def _first_code(lines: list[str], start: int, end: int) -> str:
     return next((line for line in lines[start:end] if not line.startswith("@")), "")
 
@@ -288,6 +337,7 @@ class _Loading(importlib.abc.MetaPathFinder):
         self.replaced: dict[str, str] = {}  # part -> why it is ours
         self.failed: set[str] = set()  # what raised when it was imported
         self.cuda_is_cpu = False
+        self.folder = next((theirs[part].parent.name for part in PARTS if part in theirs), None)
 
     def install(self) -> None:
         for package in (THEIRS, OURS):
@@ -410,7 +460,9 @@ class _Loading(importlib.abc.MetaPathFinder):
         def import_(name, globals=None, locals=None, fromlist=(), level=0):
             if level > 0:
                 return builtins.__import__(name, globals, locals, fromlist, level)
-            top = name.partition(".")[0]
+            top, _, rest = name.partition(".")
+            if fromlist and top == self.folder and rest.partition(".")[0] in PARTS:
+                name = top = rest  # from A4.common import ..., where the files lie in A4
             for candidate in self.packages_for(top, package):
                 if self.try_import(f"{candidate}.{name}") is not None:
                     module = builtins.__import__(

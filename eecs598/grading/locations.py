@@ -10,7 +10,7 @@ from eecs598.grading.answers import plain
 from eecs598.grading.network import convolutions
 from eecs598.grading.reference import STRIDES
 from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
-from eecs598.grading.submission import Submission, build
+from eecs598.grading.submission import Submission, build, evaluating
 
 __all__ = [
     "ADVICE",
@@ -29,9 +29,9 @@ def check_location_coords(submission: Submission) -> CheckResult:
     result = CheckResult("location_coords")
 
     def coords(level: str, height: int, width: int, **options: object) -> Tensor:
-        return submission.common.get_fpn_location_coords(
-            {level: (2, 64, height, width)}, {level: STRIDES[level]}, **options
-        )[level]
+        # All levels, whichever is looked at: the names of the three may be written into the code.
+        shapes = {name: (2, 64, height, width) for name in STRIDES}
+        return submission.common.get_fpn_location_coords(shapes, STRIDES, **options)[level]
 
     with result.probe("first five of each level, relative error 0"):
         for level, stride in STRIDES.items():
@@ -95,7 +95,10 @@ def find_cell(locations: Tensor, row: int, column: int) -> int:
     """Index of the location of a cell."""
     found = (_cells(locations) == torch.tensor([row, column])).all(dim=1).nonzero()
     if len(found) != 1:
-        raise Wrong(f"row {row}, column {column}: expected one location, got {len(found)}")
+        raise Wrong(
+            f"get_fpn_location_coords: expected one location at row {row}, column {column} of a "
+            f"map, got {len(found)}"
+        )
     return int(found[0])
 
 
@@ -115,7 +118,7 @@ def check_location_order(submission: Submission) -> CheckResult:
     detector = once(submission.detector)
     for height, width in ((64, 224), (224, 64)):
         with result.probe(f"image gradients of predictions, image {height} x {width}"):
-            expect_local_gradients(submission, detector().eval(), height, width)
+            expect_local_gradients(submission, evaluating(detector()), height, width)
     return result
 
 
@@ -127,17 +130,20 @@ def expect_responses_in_place(submission: Submission, height: int, width: int) -
         num_classes=2,
         in_channels=1,
         stem_channels=[2],
-    ).eval()
+    )
+    evaluating(model)
     for conv in convolutions(model):
         # Nothing but the centre of each kernel, so that a cell does not reach its neighbours.
         middle = conv.kernel_size[0] // 2
         conv.weight.zero_()
         conv.weight[:, :, middle, middle] = 1.0
-    locations = submission.common.get_fpn_location_coords({"p3": (1, 1, height, width)}, {"p3": 8})[
-        "p3"
-    ]
+    shapes = {level: (1, 1, height, width) for level in STRIDES}
+    locations = submission.common.get_fpn_location_coords(shapes, STRIDES)["p3"]
     feats = torch.eye(height * width).view(-1, 1, height, width)  # one cell an image
-    silent, responses = (plain(model({"p3": f})) for f in (torch.zeros_like(feats), feats))
+    silent, responses = (
+        plain(model({level: maps for level in STRIDES}))
+        for maps in (torch.zeros_like(feats), feats)
+    )
     for name, before, after in zip(
         ("class logits", "deltas", "centerness logits"), silent, responses, strict=True
     ):

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from eecs598.grading.answers import plain
 from eecs598.grading.reference import STRIDES
 from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
-from eecs598.grading.submission import Submission, build
+from eecs598.grading.submission import Submission, build, evaluating
 
 __all__ = [
     "build_backbone",
@@ -133,7 +133,7 @@ def build_backbone(submission: Submission, out_channels: int) -> tuple[nn.Module
         model = build(submission.common.DetectorBackboneWithFPN, out_channels=out_channels)
     finally:
         handle.remove()
-    return model.eval(), len(disturbed)
+    return evaluating(model), len(disturbed)
 
 
 def convolutions(module: nn.Module) -> list[nn.Conv2d]:
@@ -253,6 +253,7 @@ def check_head(submission: Submission) -> CheckResult:
             feats = {
                 "p3": torch.randn(3, in_channels, 6, 4),
                 "p4": torch.randn(3, in_channels, 3, 2),
+                "p5": torch.randn(3, in_channels, 2, 1),
             }
             predictions = plain(head(*setting)(feats))
             for name, values, channels in zip(
@@ -287,7 +288,7 @@ def check_head(submission: Submission) -> CheckResult:
     with result.probe("centerness comes from the box stem"):
         model = with_random_weights(head(*settings[2]))
         feats = torch.randn(1, 32, 5, 4)
-        predictions = plain(model({"p3": feats}))
+        predictions = plain(model({level: feats for level in STRIDES}))
         for name, stem, values in (
             ("pred_cls", "stem_cls", predictions[0]["p3"]),
             ("pred_box", "stem_box", predictions[1]["p3"]),

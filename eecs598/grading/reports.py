@@ -70,7 +70,7 @@ def format_text(report: Report) -> str:
 def format_table(reports: Sequence[Report]) -> str:
     """A line a submission: its points, and the items that cost some."""
     width = max(len(report.graded.folder) for report in reports)
-    lines = [f"{'submission':{width}}  points       lost"]
+    lines = [f"{'submission':{width}}  points       remarks  to look at  lost"]
     for report in reports:
         lost = ", ".join(
             f"{item.name} {item.score:g}/{item.max_score:g}"
@@ -78,8 +78,11 @@ def format_table(reports: Sequence[Report]) -> str:
             if item.score < item.max_score
         )
         what = report.graded.error or lost or "nothing"
-        lines.append(f"{report.graded.folder:{width}}  {_points(report):11}  {what}")
-    scores = sorted(report.score for report in reports)
+        counts = f"{len(report.graded.findings):<7}  {len(report.graded.suspicious):<10}"
+        lines.append(f"{report.graded.folder:{width}}  {_points(report):11}  {counts}  {what}")
+    scores = sorted(report.score for report in reports if report.graded.error is None)
+    if not scores:
+        return "\n".join(lines)
     middle = (scores[(len(scores) - 1) // 2] + scores[len(scores) // 2]) / 2
     lines.append(
         f"{len(scores)} submissions: lowest {scores[0]:g}, median {middle:g}, "
@@ -131,15 +134,13 @@ def to_gradescope(report: Report) -> dict[str, Any]:
             "\n".join(item.failures),
             score=item.score,
             max_score=item.max_score,
-            status="passed" if item.score >= item.max_score else "failed",
+            status="failed" if item.failures else "passed",
         )
         for item in report.items
     ]
     if graded.findings:
         text = "\n".join(graded.findings)
         tests.append(_gradescope_test("What a reviewer would say (no points)", text))
-    for_staff = [*graded.suspicious, _describe_protections(graded)]
-    tests.append(_gradescope_test("For staff", "\n".join(for_staff), visibility="hidden"))
     output = [graded.error] if graded.error is not None else list(graded.notes)
     if graded.output.strip():
         output += ["", "What the submission printed:", _excerpt(graded.output)]
@@ -151,6 +152,8 @@ def to_gradescope(report: Report) -> dict[str, Any]:
         "visibility": "visible",
         "stdout_visibility": "hidden",
         "tests": tests,
+        # Not a hidden test: with one of those, Gradescope shows students no total.
+        "extra_data": {"for_staff": [*graded.suspicious, _describe_protections(graded)]},
     }
 
 

@@ -170,8 +170,9 @@ class _Grading:
     """One submission on its way through its processes."""
 
     def __init__(self, folder: str, fallback: str, options: Options) -> None:
-        # A name that is no text can't be printed.
-        self.graded = Graded(os.fsencode(folder).decode(errors="replace"))
+        # A name may be no text, or move the cursor.
+        name = os.fsencode(folder).decode(errors="replace")
+        self.graded = Graded("".join(c if c.isprintable() else "?" for c in name))
         self.is_done = False
         self._folder = os.path.abspath(folder)
         self._fallback = os.path.abspath(fallback)
