@@ -305,7 +305,7 @@ def test_killed_at_random_moments(shapes, tmp_path):
     """kill -9 loses no more than a checkpoint period, and changes nothing in the result."""
     period, kills = 5, 10
     settings = [*SMALL, "--iters", "80", "--recipe", "strong", "--eval-every", "0"]
-    settings += ["--checkpoint-every", str(period)]
+    settings += ["--checkpoint-every", str(period), "--average-decay", "0.9"]
     straight = ["train", "--data", str(shapes), "--out", str(tmp_path / "straight"), *settings]
     assert fcos.main(straight) == 0
 
