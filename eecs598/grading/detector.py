@@ -226,7 +226,7 @@ class _Overfitted(NamedTuple):
 def check_training(submission: Submission) -> CheckResult:
     """A few optimizer steps on one small batch must reduce the losses."""
     result = CheckResult("training")
-    num_steps = 10
+    num_steps = 24
 
     @once
     def overfitted() -> _Overfitted:
