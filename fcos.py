@@ -518,6 +518,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
                     "pretrained_lr_factor",
                     "average_decay",
                     "amp",
+                    "channels_last",
                     "compile",
                 )
             },

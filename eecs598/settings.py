@@ -73,6 +73,7 @@ class Settings:
     amp: str = _setting(
         "off", "bfloat16 or float16 where the processor has it", choices=("auto", "off")
     )
+    channels_last: bool = _setting(True, "memory layout that most processors are faster with")
     compile: bool = _setting(False, "torch.compile for backbone, pyramid and head")
 
     def __post_init__(self) -> None:

@@ -205,6 +205,26 @@ def test_clipped_gradients(loader):
     assert history["loss_a"][1] == pytest.approx((2.0 - 0.01) ** 2)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_layout(loader, channels_last):
+    class Recorder(Toy):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, images, gt_boxes):
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            seen.append(
+                images.is_contiguous(memory_format=layout)
+                and self.conv.weight.is_contiguous(memory_format=layout)
+            )
+            return super().forward(images, gt_boxes)
+
+    seen: list[bool] = []
+    train_detector(Recorder(), loader, max_iters=1, channels_last=channels_last)
+    assert seen == [True]
+
+
 def test_amp_runs_the_network_alone_in_bfloat16(loader, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     seen = {}
