@@ -17,7 +17,15 @@ import torchvision
 
 from benchmarks.timing import table
 
-MODULES = ("nms", "detector", "input_pipeline", "average_precision", "command_line")
+MODULES = (
+    "nms",
+    "detector",
+    "losses",
+    "roofline",
+    "input_pipeline",
+    "average_precision",
+    "command_line",
+)
 
 
 def main() -> None:

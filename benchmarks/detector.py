@@ -28,48 +28,49 @@ SCORE_THRESH, NMS_THRESH = 0.05, 0.6
 
 def rows(device: str) -> Iterator[Row]:
     """Training steps and predictions."""
-    images, gt_boxes = _batch(device)
-    ours, theirs = _ours(device), _theirs(device)
+    images, gt_boxes = batch(device)
+    ours, theirs = make_detector(device), _theirs(device)
     peer = "torchvision FCOS, float32"
-    plain = _training_step(ours.train(), images, gt_boxes, "off")
-    fast = _training_step(_channels_last(_ours(device)).train(), images, gt_boxes, "auto")
+    plain = training_step(ours.train(), images, gt_boxes, "off")
+    fast = training_step(channels_last(make_detector(device)).train(), images, gt_boxes, "auto")
     peers = _peer_training_step(theirs.train(), images, gt_boxes)
     question = f"training step, {BATCH_SIZE} images of {SIDE} px"
     yield Row(f"{question}, bfloat16, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
     yield Row(f"{question}, float32", peer, *side_by_side(plain, peers), 1 / 1.4)
-    ours, theirs = _channels_last(ours).eval(), theirs.eval()
+    ours, theirs = channels_last(ours).eval(), theirs.eval()
     for count in (1, BATCH_SIZE):
-        batch = images[:count]
 
-        def predict(batch=batch):
-            return ours.predict(_channels_last(batch), SCORE_THRESH, NMS_THRESH)
+        def predict(images=images[:count]):
+            return ours.predict(channels_last(images), SCORE_THRESH, NMS_THRESH)
 
-        def peer_predict(batch=batch):
+        def peer_predict(images=images[:count]):
             with torch.no_grad():
-                return theirs(list(batch))
+                return theirs(list(images))
 
         question = f"prediction, {count} image{'s' * (count > 1)} of {SIDE} px"
         yield Row(question, peer, *side_by_side(predict, peer_predict), 0.6)
 
 
-def _batch(device: str) -> tuple[Tensor, Tensor]:
+def batch(device: str, boxes_per_image: int = BOXES_PER_IMAGE) -> tuple[Tensor, Tensor]:
+    """Images and padded boxes; the same each time."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH_SIZE, 3, SIDE, SIDE, generator=generator)
-    corners = torch.rand(BATCH_SIZE, BOXES_PER_IMAGE, 2, generator=generator) * 0.5 * SIDE
+    corners = torch.rand(BATCH_SIZE, boxes_per_image, 2, generator=generator) * 0.5 * SIDE
     sides = (0.05 + 0.4 * torch.rand(corners.shape, generator=generator)) * SIDE
     labels = torch.randint(NUM_CLASSES, (*corners.shape[:2], 1), generator=generator)
     gt_boxes = torch.cat([corners, corners + sides, labels], dim=2)
-    padding = torch.full((BATCH_SIZE, 40 - BOXES_PER_IMAGE, 5), -1.0)
+    padding = torch.full((BATCH_SIZE, 40 - boxes_per_image, 5), -1.0)
     return images.to(device), torch.cat([gt_boxes, padding], dim=1).to(device)
 
 
-def _ours(device: str) -> FCOS:
+def make_detector(device: str) -> FCOS:
+    """A detector with the same random weights each time."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):  # the shapes that the assignment prints
         return FCOS(NUM_CLASSES, WIDTH, STEM, weights=None).to(device)
 
 
-def _channels_last(value: Any) -> Any:
+def channels_last(value: Any) -> Any:
     """A module or a tensor in the layout that convolutions are fastest in."""
     return value.to(memory_format=torch.channels_last)
 
@@ -91,7 +92,7 @@ def _theirs(device: str) -> TorchvisionFCOS:
     strides = (8, 16, 32)
     anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
     return TorchvisionFCOS(
-        _SameBackbone(_ours(device)),
+        _SameBackbone(make_detector(device)),
         NUM_CLASSES,
         min_size=SIDE,
         max_size=SIDE,
@@ -104,11 +105,12 @@ def _theirs(device: str) -> TorchvisionFCOS:
     ).to(device)
 
 
-def _training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Callable[[], Any]:
+def training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Callable[[], Any]:
+    """A whole step of training: losses, gradients, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
     autocast, scaler = mixed_precision(images.device, amp)
     if amp != "off":
-        images = _channels_last(images)
+        images = channels_last(images)
 
     def step() -> None:
         with autocast:

@@ -1,0 +1,58 @@
+"""How far is the training step from what the machine can compute at most?
+
+Its floating-point operations, counted forwards and backwards, at the rate of the best large matrix
+product that is measured in the same run. Nothing that trains this network can be faster than that
+(Williams et al., Roofline, doi 10.1145/1498765.1498785), without regard to memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.detector import BATCH_SIZE, SIDE, batch, channels_last, make_detector, training_step
+from benchmarks.timing import Row, side_by_side
+
+SIZES = (1024, 2048, 4096)
+
+
+def rows(device: str) -> Iterator[Row]:
+    """The step in bfloat16 and in float32."""
+    images, gt_boxes = batch(device)
+    for amp, dtype in (("auto", torch.bfloat16), ("off", torch.float32)):
+        detector = channels_last(make_detector(device)).train()
+        step = training_step(detector, channels_last(images), gt_boxes, amp)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops = counter.get_total_flops()
+        rate = max(_rate(size, dtype, device) for size in SIZES)
+        seconds, _ = side_by_side(step, lambda: None)
+        name = str(dtype).removeprefix("torch.")
+        yield Row(
+            f"training step, {BATCH_SIZE} images of {SIDE} px, {name}",
+            f"its {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s, the best matrix product",
+            seconds,
+            flops / rate,
+            None,
+        )
+
+
+def _rate(size: int, dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations a second of a square matrix product."""
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    seconds = min(_seconds(lambda: matrix @ matrix, device) for _ in range(5))
+    return 2 * size**3 / seconds
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    for _ in range(2):  # the first one is not to be counted
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
