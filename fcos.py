@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -29,14 +28,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eecs598.settings import RECIPES, Settings, parse_setting
-
 if TYPE_CHECKING:
     from torch import nn
 
     from a4_helper import VOC2007DetectionTiny
     from eecs598.analysis import Comparison
     from eecs598.evaluation import Evaluation
+    from eecs598.settings import Settings
     from one_stage_detector import FCOS
 
 # Average precision is the area under the whole curve, so evaluation keeps detections with low
@@ -99,6 +97,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
+    from eecs598.settings import RECIPES
+
     parser.description = (
         "Train a detector and evaluate it. Without --data, on the generated set. The "
         "folder of the run gets run.json, checkpoint.pt, best.pt, history.jsonl and history.json, "
@@ -145,6 +145,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
+    from eecs598.settings import RECIPES
+
     parser.description = (
         "Evaluate a trained detector. The folder of the evaluation gets report.html, "
         "metrics.json and, as text files, the detections and the ground truth."
@@ -183,6 +185,8 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_options(parser: argparse.ArgumentParser) -> None:
+    from eecs598.settings import RECIPES
+
     parser.description = (
         "Detect objects in image files: a picture of each with its boxes, and all "
         "boxes in pixels of the original files as JSON. The exit status is 1 when a file could "
@@ -302,6 +306,10 @@ def _grade_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """An option for each setting; only those that are given end up among the arguments."""
+    import dataclasses
+
+    from eecs598.settings import Settings
+
     group = parser.add_argument_group("settings", "in place of those of the recipe")
     for field in dataclasses.fields(Settings):
         option = "--" + field.name.replace("_", "-")
@@ -322,6 +330,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _setting_parser(name: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
+        from eecs598.settings import parse_setting
+
         try:
             return parse_setting(name, text)
         except ValueError as error:
@@ -424,6 +434,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from eecs598.files import claimed, write_json
     from eecs598.metrics import average_precision, check_class_names
     from eecs598.sampling import TrainingSampler
+    from eecs598.settings import Settings
     from eecs598.training_run import TrainingRun, ignore_signals
 
     description = _resumed(args) if args.resume else _new_run(args)
@@ -546,8 +557,11 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
 
 def _new_run(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a training before it starts; its folder is made."""
+    import dataclasses
+
     from eecs598.datasets import class_names
     from eecs598.distributed import gather, is_main_process
+    from eecs598.settings import RECIPES
     from eecs598.training_run import describe_environment
 
     recipe = args.recipe or ("shapes" if args.data is None else "handout")
@@ -566,6 +580,7 @@ def _new_run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _resumed(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a training that was stopped."""
+    from eecs598.settings import RECIPES
     from eecs598.training_run import describe_environment
 
     if args.out is not None:
@@ -605,6 +620,10 @@ def _resumed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    from eecs598.settings import Settings
+
     return _given(args, [field.name for field in dataclasses.fields(Settings)])
 
 
@@ -869,7 +888,10 @@ def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:
 
 def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:
     """The detector of a checkpoint, or of a plain state dict; its settings and classes."""
+    import dataclasses
+
     from eecs598.checkpoint import load_checkpoint
+    from eecs598.settings import Settings
 
     checkpoint = load_checkpoint(args.checkpoint)
     state, classes = checkpoint["model"], checkpoint["classes"]
@@ -897,6 +919,7 @@ def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]
 
 def _settings_of(state: dict[str, Any], args: argparse.Namespace) -> Settings:
     """The settings that the shapes in a plain state dict tell; the backbone is the user's word."""
+    from eecs598.settings import Settings
 
     def weights(prefix: str) -> list[Any]:
         return [value for name, value in state.items() if name.startswith(prefix)]

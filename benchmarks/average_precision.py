@@ -20,7 +20,7 @@ NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES = 2510, 24_000, 20
 
 def rows(device: str) -> Iterator[Row]:
     """From tensors; the peers' own records are made and indexed before the clock starts."""
-    predictions, targets = _data()
+    predictions, targets = make_data()
     names = [f"class {label}" for label in range(NUM_CLASSES)]
     question = f"mAP of {NUM_IMAGES:,} images, {NUM_DETECTIONS:,} detections"
 
@@ -36,7 +36,7 @@ def rows(device: str) -> Iterator[Row]:
     yield Row(question, "plain Python", *side_by_side(ours, by_definition, 3), None)
 
 
-def _data() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+def make_data() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Objects, and detections of which about half lie near one."""
     rng = np.random.default_rng(0)
     predictions, targets = [], []

@@ -19,7 +19,7 @@ NUM_CLASSES = 20
 def rows(device: str) -> Iterator[Row]:
     """The boxes of the assignment's cell, at its three thresholds one after the other."""
     for size, goal in SIZES.items():
-        boxes, scores, class_ids = _boxes(size, device)
+        boxes, scores, class_ids = random_boxes(size, device)
 
         def ours(boxes=boxes, scores=scores):
             return [nms(boxes, scores, threshold) for threshold in THRESHOLDS]
@@ -33,7 +33,7 @@ def rows(device: str) -> Iterator[Row]:
         times = side_by_side(ours, theirs, repetitions)
         yield Row(f"nms, {size:,} boxes", "torchvision.ops.nms", *times, goal)
 
-    boxes, scores, class_ids = _boxes(5_000, device)
+    boxes, scores, class_ids = random_boxes(5_000, device)
     arguments = (boxes, scores, class_ids)
 
     def ours_by_class():
@@ -49,7 +49,7 @@ def rows(device: str) -> Iterator[Row]:
     yield Row(question, "torchvision.ops.batched_nms", *times, 0.7)
 
 
-def _boxes(count: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_boxes(count: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Boxes as in the assignment's cell: whole numbers, large overlaps."""
     generator = torch.Generator().manual_seed(0)
     boxes = (100.0 * torch.rand(count, 4, generator=generator)).round()

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from benchmarks import ablation, timing
-from benchmarks.average_precision import _by_definition, _data
+from benchmarks.average_precision import _by_definition, make_data
 from eecs598.metrics import average_precision
 
 
@@ -36,7 +36,7 @@ def test_the_table_says_which_goals_are_missed():
 
 
 def test_the_plain_loop_agrees_on_the_data_of_the_benchmark():
-    predictions, targets = (items[:60] for items in _data())
+    predictions, targets = (items[:60] for items in make_data())
     names = [f"class {label}" for label in range(20)]
     expected = average_precision(predictions, targets, names)["mAP"]
     assert _by_definition(predictions, targets) == pytest.approx(expected, abs=1e-9)

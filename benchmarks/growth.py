@@ -1,0 +1,181 @@
+"""How do time and memory grow with the work? Draws a figure.
+
+    python -m benchmarks.growth FIGURE.png [--device cuda]
+
+Medians of a few repetitions, and the memory that one call takes beyond what is there before it.
+Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torchvision.ops import nms as torchvision_nms
+
+from benchmarks import average_precision as average_precision_benchmark
+from benchmarks.detector import BATCH_SIZE, SIDE, channels_last, make_detector, training_step
+from benchmarks.nms import random_boxes
+from common import nms
+from eecs598.metrics import average_precision
+
+REPETITIONS = 3
+
+
+class Point(NamedTuple):
+    """One measurement."""
+
+    size: int
+    seconds: float
+    megabytes: float | None
+
+
+Line = tuple[str, list[Point]]
+
+
+def main() -> None:
+    """Measure everything and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figure", type=Path, metavar="FIGURE")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args = parser.parse_args()
+    panels = []
+    for name, measure in (
+        ("boxes, NMS at 0.5", _nms),
+        (f"image side in px, training step of {BATCH_SIZE // 4} images", _sides),
+        (f"images of {SIDE} px, training step", _batches),
+        ("images, mAP", _images),
+    ):
+        lines = list(measure(args.device))
+        for label, points in lines:
+            for size, seconds, megabytes in points:
+                memory = "" if megabytes is None else f", {megabytes:,.0f} MB"
+                print(f"{size:,} {name}: {label} {1000 * seconds:,.1f} ms{memory}", flush=True)
+        panels.append((name, lines))
+    _draw(panels, args.figure)
+
+
+def _nms(device: str) -> Iterator[Line]:
+    for label, function in (("ours", nms), ("torchvision", torchvision_nms)):
+        points = []
+        for count in (1_000, 5_000, 20_000, 100_000):
+            boxes, scores, _ = random_boxes(count, device)
+            points.append(_measure(count, lambda b=boxes, s=scores, f=function: f(b, s, 0.5)))
+        yield label, points
+
+
+def _sides(device: str) -> Iterator[Line]:
+    yield from _training([(BATCH_SIZE // 4, side) for side in (96, 160, 224, 320, 448)], 1, device)
+
+
+def _batches(device: str) -> Iterator[Line]:
+    yield from _training([(count, SIDE) for count in (1, 2, 4, 8, 16, 32)], 0, device)
+
+
+def _training(
+    shapes: list[tuple[int, int]], which: int, device: str
+) -> Iterator[tuple[str, list[Point]]]:
+    """Training steps on batches of some number of images and side; which of both is the size."""
+    detector = channels_last(make_detector(device)).train()
+    for label, amp in (("float32", "off"), ("bfloat16", "auto")):
+        points = []
+        for shape in shapes:
+            count, side = shape
+            images = torch.randn(count, 3, side, side, device=device)
+            gt_boxes = torch.tensor([[[0.2, 0.2, 0.7, 0.6, 0.0]]], device=device) * side
+            step = training_step(detector, channels_last(images), gt_boxes.repeat(count, 1, 1), amp)
+            points.append(_measure(shape[which], step))
+        yield label, points
+
+
+def _images(device: str) -> Iterator[Line]:
+    predictions, targets = average_precision_benchmark.make_data()
+    names = [f"class {label}" for label in range(20)]
+    points = []
+    for count in (100, 500, 1_000, len(targets)):
+        some = predictions[:count], targets[:count]
+        points.append(_measure(count, lambda s=some: average_precision(*s, names)))
+    yield "ours", points
+
+
+def _measure(size: int, call: Callable[[], object]) -> Point:
+    call()  # what is done once is not counted
+    times = []
+    for _ in range(REPETITIONS):
+        _wait()
+        start = time.perf_counter()
+        call()
+        _wait()
+        times.append(time.perf_counter() - start)
+    return Point(size, statistics.median(times), _peak_megabytes(call))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_megabytes(call: Callable[[], object]) -> float | None:
+    """What a call takes at the most; None where that can't be found out."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/statm").exists():
+        return None
+    highest, done = [_resident()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.0005):
+            highest.append(_resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(highest) - highest[0]
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096 / 2**20
+
+
+def _draw(panels: list[tuple[str, list[Line]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(panels), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex="col")
+    for (name, lines), (above, below) in zip(panels, axes.T, strict=True):
+        for label, points in lines:
+            sizes = [point.size for point in points]
+            above.plot(sizes, [point.seconds for point in points], marker="o", label=label)
+            # 1 MB and less can't be told from what else goes on.
+            memory = [max(1.0, point.megabytes or 0.0) for point in points]
+            below.plot(sizes, memory, marker="o", label=label)
+        for axis in (above, below):
+            axis.set(xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+        below.set_xlabel(name)
+        if len(lines) > 1:
+            above.legend()
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("MB at the most")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
