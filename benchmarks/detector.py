@@ -31,8 +31,8 @@ def rows(device: str) -> Iterator[Row]:
     images, gt_boxes = batch(device)
     ours, theirs = make_detector(device), _theirs(device)
     peer = "torchvision FCOS, float32"
-    plain = training_step(ours.train(), images, gt_boxes, "off")
-    fast = training_step(channels_last(make_detector(device)).train(), images, gt_boxes, "auto")
+    plain = training_step(channels_last(ours).train(), channels_last(images), gt_boxes, "off")
+    fast = training_step(ours.train(), channels_last(images), gt_boxes, "auto")
     peers = _peer_training_step(theirs.train(), images, gt_boxes)
     question = f"training step, {BATCH_SIZE} images of {SIDE} px"
     yield Row(f"{question}, bfloat16, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
@@ -109,8 +109,6 @@ def training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Ca
     """A whole step of training: losses, gradients, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
     autocast, scaler = mixed_precision(images.device, amp)
-    if amp != "off":
-        images = channels_last(images)
 
     def step() -> None:
         with autocast:

@@ -9,6 +9,8 @@ Leave the machine alone meanwhile.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import statistics
 import threading
@@ -26,7 +28,7 @@ from benchmarks.nms import random_boxes
 from common import nms
 from eecs598.metrics import average_precision
 
-REPETITIONS = 3
+REPETITIONS = 5
 
 
 class Point(NamedTuple):
@@ -132,6 +134,8 @@ def _peak_megabytes(call: Callable[[], object]) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not Path("/proc/self/statm").exists():
         return None
+    with contextlib.suppress(AttributeError):  # what was freed before would be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)
     highest, done = [_resident()], threading.Event()
 
     def watch() -> None:
@@ -155,6 +159,7 @@ def _resident() -> float:
 
 def _draw(panels: list[tuple[str, list[Line]]], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     figure = Figure(figsize=(3.4 * len(panels), 5.6), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex="col")
@@ -167,6 +172,11 @@ def _draw(panels: list[tuple[str, list[Line]]], path: Path) -> None:
             below.plot(sizes, memory, marker="o", label=label)
         for axis in (above, below):
             axis.set(xscale="log", yscale="log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
         below.set_xlabel(name)
         if len(lines) > 1:
