@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +23,9 @@ from eecs598.metrics import (
     PrecisionRecall,
     TextFormat,
     average_precision,
+    curves_of_matches,
     match_detections,
-    precision_recall_curves,
+    precision_recall,
     score_matches,
 )
 from eecs598.sanity import Smell, find_smells
@@ -89,21 +89,22 @@ def analyse(evaluation: Evaluation) -> Analysis:
         # Broken numbers have no metrics; what else is wrong with them is worth knowing.
         raise ValueError("\n".join([str(error), *(smell.message for smell in smells)])) from error
     metrics = score_matches(matches)
-    curves = precision_recall_curves(*given)
+    curves, overall = curves_of_matches(matches), precision_recall(matches)
     errors = analyse_errors(*given)
     interval = bootstrap_map(*given)
-    best_f1, threshold = _best_f1(matches)
     metrics.update(
         score_thresh=evaluation.score_thresh,
         mAP_11_point=score_matches(matches, "11-point")["mAP"],
         interval=[interval.low, interval.high],
-        best_f1=best_f1,
-        best_threshold=threshold,
+        best_f1=overall.best_f1,
+        best_threshold=overall.best_f1_threshold,
         classes={
             name: {"best_f1": curve.best_f1, "best_threshold": curve.best_f1_threshold}
             for name, curve in curves.items()
         },
-        confusion_matrix=confusion_matrix(*given, score_threshold=threshold or 0.0).tolist(),
+        confusion_matrix=confusion_matrix(
+            *given, score_threshold=overall.best_f1_threshold or 0.0
+        ).tolist(),
         errors=errors.to_dict(),
         smells=[smell.message for smell in smells],
         coco=_coco(given),
@@ -192,20 +193,6 @@ def _same_objects(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> b
         return True
     # Sides are rounded to whole pixels, so the scale is not quite the same in x and y.
     return torch.allclose(boxes / boxes.max(), others / others.max(), atol=0.03)
-
-
-def _best_f1(matches: Matches) -> tuple[float, float | None]:
-    """The best F1 of all classes together, and the score threshold that gives it."""
-    counted = ~matches.ignored
-    score, true = matches.score[counted], matches.true[counted]
-    if not len(score):
-        return 0.0, None
-    # A threshold keeps or drops equal scores together.
-    last = np.flatnonzero(np.append(score[1:] < score[:-1], True))
-    hits = np.cumsum(true)[last]
-    f1 = 2 * hits / (last + 1 + matches.num_ground_truth.sum())
-    best = int(f1.argmax())
-    return float(f1[best]), float(score[last[best]])
 
 
 def _coco(given: tuple) -> dict[str, float] | None:

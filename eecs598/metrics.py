@@ -279,15 +279,7 @@ def precision_recall_curves(
     Detections that match a difficult box count neither way. Arguments and errors are those of
     :func:`average_precision`.
     """
-    matches = match_detections(predictions, targets, class_names, iou_threshold)
-    curves = {}
-    for label in classes_with_ground_truth(matches):
-        of_class = (matches.label == label) & ~matches.ignored
-        total = int(matches.num_ground_truth[label])
-        curves[matches.class_names[label]] = _precision_recall(
-            matches.true[of_class], matches.score[of_class], total
-        )
-    return curves
+    return curves_of_matches(match_detections(predictions, targets, class_names, iou_threshold))
 
 
 def score_folder(
@@ -532,6 +524,39 @@ def classes_with_ground_truth(matches: Matches) -> np.ndarray:
     return labels
 
 
+def curves_of_matches(matches: Matches) -> dict[str, PrecisionRecall]:
+    """As :func:`precision_recall_curves`, from what :func:`match_detections` returned."""
+    return {
+        matches.class_names[label]: precision_recall(matches, label)
+        for label in classes_with_ground_truth(matches)
+    }
+
+
+def precision_recall(matches: Matches, label: int | None = None) -> PrecisionRecall:
+    """The precision-recall curve of one class, or of all classes together.
+
+    Detections that match a difficult box count neither way.
+    """
+    counted = ~matches.ignored
+    if label is not None:
+        counted &= matches.label == label
+    true, scores = matches.true[counted], matches.score[counted]
+    total = matches.num_ground_truth if label is None else matches.num_ground_truth[label]
+    total = int(total.sum())
+    # A threshold takes all detections of a score or none: the last of equal scores is the point.
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)[: len(scores)])
+    hits, kept = np.cumsum(true)[last], last + 1
+    f1 = 2 * hits / (kept + total)
+    best = int(np.argmax(f1)) if len(f1) else None
+    return PrecisionRecall(
+        recall=hits / max(1, total),
+        precision=hits / kept,
+        scores=scores[last],
+        best_f1=0.0 if best is None else float(f1[best]),
+        best_f1_threshold=None if best is None else float(scores[last][best]),
+    )
+
+
 def pair_up(keys: np.ndarray, truth_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of a detection and a ground truth box with equal keys, detection after detection.
 
@@ -630,21 +655,6 @@ def _envelope(true: np.ndarray) -> np.ndarray:
     """At each true positive, the best precision at its recall or any higher one."""
     precision = np.cumsum(true) / np.arange(1, len(true) + 1)
     return np.maximum.accumulate(precision[::-1])[::-1][true]
-
-
-def _precision_recall(true: np.ndarray, scores: np.ndarray, total: int) -> PrecisionRecall:
-    # A threshold takes all detections of a score or none: the last of equal scores is the point.
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)[: len(scores)])
-    hits, kept = np.cumsum(true)[last], last + 1
-    f1 = 2 * hits / (kept + total)
-    best = int(np.argmax(f1)) if len(f1) else None
-    return PrecisionRecall(
-        recall=hits / total,
-        precision=hits / kept,
-        scores=scores[last],
-        best_f1=0.0 if best is None else float(f1[best]),
-        best_f1_threshold=None if best is None else float(scores[last][best]),
-    )
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
