@@ -21,10 +21,12 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,16 +61,34 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser(argv).parse_args(argv)
     try:
-        return args.run(args) or 0
+        with _sigterm_as_interrupt():
+            return args.run(args) or 0
     except (ValueError, OSError, FloatingPointError) as error:
         # An error in a process that loads data brings its traceback along as text.
         text = str(error)
         text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
         print(f"fcos: error: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("fcos: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Within the block, SIGTERM ends the command in good order, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may do this
+        yield
+        return
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 # --------------------------------------------------------------------------------------------

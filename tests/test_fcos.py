@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,15 @@ def test_eval_writes_a_report_and_compares(run_folder, capsys):
     assert f"Compared with {run_folder / 'run'}" in report
     assert fcos.main([*arguments, "--compare", str(run_folder / "shapes")]) == 2
     assert "ground-truth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_any_command_with_a_word(monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(fcos, "_score", lambda args: signal.raise_signal(number))
+    assert fcos.main(["score", "x"]) == 128 + number
+    assert capsys.readouterr().err == "fcos: interrupted\n"
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("options", [[], ["--augment", "flip"]], ids=["plain", "augmented"])
