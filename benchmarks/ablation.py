@@ -40,6 +40,8 @@ CHANGES: dict[str, list[str]] = {
     "AdamW and GIoU": [*ADAMW, "--box-loss", "giou"],
     "AdamW with cosine and warm-up": [*ADAMW, "--schedule", "cosine", "--warmup-iters", "100"],
     "AdamW and group norm": [*ADAMW, "--head-norm", "group"],
+    "random weights": ["--weights", "none"],
+    "RegNetX-400MF from random weights": ["--backbone", "regnet_x_400mf", "--weights", "none"],
 }
 
 
