@@ -14,7 +14,6 @@ import ctypes
 import gc
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torchvision.ops import nms as torchvision_nms
 from benchmarks import average_precision as average_precision_benchmark
 from benchmarks.detector import BATCH_SIZE, SIDE, channels_last, make_detector, training_step
 from benchmarks.nms import random_boxes
+from benchmarks.timing import seconds_of
 from common import nms
 from eecs598.metrics import average_precision
 
@@ -109,19 +109,8 @@ def _images(device: str) -> Iterator[Line]:
 
 def _measure(size: int, call: Callable[[], object]) -> Point:
     call()  # what is done once is not counted
-    times = []
-    for _ in range(REPETITIONS):
-        _wait()
-        start = time.perf_counter()
-        call()
-        _wait()
-        times.append(time.perf_counter() - start)
-    return Point(size, statistics.median(times), _peak_megabytes(call))
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    seconds = statistics.median(seconds_of(call) for _ in range(REPETITIONS))
+    return Point(size, seconds, _peak_megabytes(call))
 
 
 def _peak_megabytes(call: Callable[[], object]) -> float | None:

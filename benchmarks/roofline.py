@@ -7,14 +7,13 @@ product that is measured in the same run. Nothing that trains this network can b
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.detector import BATCH_SIZE, SIDE, batch, channels_last, make_detector, training_step
-from benchmarks.timing import Row, side_by_side
+from benchmarks.timing import Row, seconds_of, side_by_side
 
 SIZES = (1024, 2048, 4096)
 
@@ -43,16 +42,5 @@ def rows(device: str) -> Iterator[Row]:
 def _rate(size: int, dtype: torch.dtype, device: str) -> float:
     """Floating-point operations a second of a square matrix product."""
     matrix = torch.randn(size, size, device=device).to(dtype)
-    seconds = min(_seconds(lambda: matrix @ matrix, device) for _ in range(5))
+    seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(10))
     return 2 * size**3 / seconds
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    for _ in range(2):  # the first one is not to be counted
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -42,26 +42,27 @@ def side_by_side(
     times: tuple[list[float], list[float]] = ([], [])
     for repetition in range(repetitions + 1):
         for call, its_times in zip((ours, theirs), times, strict=True):
-            seconds = _time(call)
+            seconds = seconds_of(call)
             if repetition:
                 its_times.append(seconds)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _time(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
+    """The time of one call."""
     gc.collect()
     gc.disable()  # a collection in the middle would be counted
     try:
-        _wait_for_gpu()
+        wait_for_gpu()
         start = time.perf_counter()
         call()
-        _wait_for_gpu()
+        wait_for_gpu()
         return time.perf_counter() - start
     finally:
         gc.enable()
 
 
-def _wait_for_gpu() -> None:
+def wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
