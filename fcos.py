@@ -198,9 +198,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", metavar="DIR", help="write the text files here instead of into --out"
     )
-    parser.add_argument(
-        "--json", type=_output_file, metavar="FILE", help="write the metrics here, too"
-    )
+    _add_json(parser, "write the metrics here, too")
     _add_machine_options(parser)
 
 
@@ -221,9 +219,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
         help="files; folders, without their subfolders; or patterns such as 'photos/**/*.jpg'",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder for the results")
-    parser.add_argument(
-        "--json", type=_output_file, metavar="FILE", help="the boxes (DIR/predictions.json)"
-    )
+    _add_json(parser, "the boxes (DIR/predictions.json)")
     parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
@@ -260,9 +256,7 @@ def _score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="DIR", help="folder with detection-results/ and ground-truth/"
     )
-    parser.add_argument(
-        "--json", type=_output_file, metavar="FILE", help="write the metrics as JSON"
-    )
+    _add_json(parser, "write the metrics as JSON")
     parser.add_argument(
         "--figure", metavar="FILE", help="where to draw the AP of every class (DIR/ap.png)"
     )
@@ -296,12 +290,7 @@ def _grade_options(parser: argparse.ArgumentParser) -> None:
         "folders", type=_some_name, metavar="FOLDER", nargs="+", help="a submission"
     )
     parser.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
-    parser.add_argument(
-        "--json",
-        type=_output_file,
-        metavar="FILE",
-        help="write JSON to a file, too; Gradescope's with that format",
-    )
+    _add_json(parser, "write JSON to a file, too; Gradescope's with that format")
     parser.add_argument(
         "--rubric", metavar="FILE", help="points in TOML, in place of eecs598/grading/rubric.toml"
     )
