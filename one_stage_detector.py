@@ -419,10 +419,13 @@ class FCOS(nn.Module):
         # statistics of batch norm it belongs to the state of a training.
         self.register_buffer("loss_normalizer", torch.tensor(150.0))
         self._compiled_network: Callable | None = None
+        self._compiled_prediction: Callable | None = None
 
     def train(self, mode: bool = True) -> FCOS:
         """Switch between training and evaluation mode."""
         super().train(mode)
+        if mode:
+            self._compiled_prediction = None  # of weights that are about to change
         if self.frozen_batch_norm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -439,6 +442,21 @@ class FCOS(nn.Module):
         Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
         """
         self._compiled_network = torch.compile(self._run_network) if compile else None
+
+    def compile_prediction(self) -> None:
+        """Compile backbone, pyramid and head for ``predict`` on images of one size, as of a camera.
+
+        The first prediction of each shape ``(B, 3, H, W)`` takes some 20 s more. The weights
+        become constants: call it again after changing them. Going back to training undoes it.
+
+        Raises:
+            ValueError: in training mode.
+        """
+        if self.training:
+            raise ValueError("FCOS is in training mode; call eval() before compile_prediction().")
+        self._compiled_prediction = torch.compile(
+            self._run_network, dynamic=False, options={"freezing": True}
+        )
 
     def forward(
         self,
@@ -564,7 +582,8 @@ class FCOS(nn.Module):
         if self.training:
             raise ValueError("FCOS is in training mode; call eval() on it before predict().")
         check_images(images)
-        return self._detect(images, *self._run_network(images), score_thresh, nms_thresh)
+        network = self._compiled_prediction or self._run_network
+        return self._detect(images, *network(images), score_thresh, nms_thresh)
 
     @torch.no_grad()
     def inference(
@@ -622,18 +641,16 @@ class FCOS(nn.Module):
         boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, images.shape[-2:])
 
+        confident = scores > score_thresh
+        boxes, labels, scores = boxes[confident], labels[confident], scores[confident]  # (K, ...)
+        # One NMS for all images, in which each class of each image is a class of its own.
+        image_ids = confident.nonzero()[:, 0]
+        class_ids = image_ids * self.num_classes + labels
+        kept = class_spec_nms(boxes, scores, class_ids, nms_thresh)
         detections = []
-        for image_boxes, image_labels, image_scores in zip(boxes, labels, scores, strict=True):
-            confident = (image_scores > score_thresh).nonzero().squeeze(1)
-            found = (image_boxes[confident], image_scores[confident], image_labels[confident])
-            kept = confident[class_spec_nms(*found, nms_thresh)]
-            detections.append(
-                {
-                    "boxes": image_boxes[kept],
-                    "labels": image_labels[kept],
-                    "scores": image_scores[kept],
-                }
-            )
+        for image_id in range(len(images)):
+            own = kept[image_ids[kept] == image_id]
+            detections.append({"boxes": boxes[own], "labels": labels[own], "scores": scores[own]})
         return detections
 
 

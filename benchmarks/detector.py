@@ -38,17 +38,23 @@ def rows(device: str) -> Iterator[Row]:
     yield Row(f"{question}, bfloat16, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
     yield Row(f"{question}, float32", peer, *side_by_side(plain, peers), 1 / 1.4)
     ours, theirs = channels_last(ours).eval(), theirs.eval()
+    compiled = channels_last(make_detector(device)).eval()
+    compiled.compile_prediction()
     for count in (1, BATCH_SIZE):
+        some = images[:count]
 
-        def predict(images=images[:count]):
-            return ours.predict(channels_last(images), SCORE_THRESH, NMS_THRESH)
-
-        def peer_predict(images=images[:count]):
+        def peer_predict(images=some):
             with torch.no_grad():
                 return theirs(list(images))
 
         question = f"prediction, {count} image{'s' * (count > 1)} of {SIDE} px"
-        yield Row(question, peer, *side_by_side(predict, peer_predict), 0.6)
+        for model, amp, how in (
+            (ours, "off", "float32"),
+            (ours, "auto", "bfloat16"),
+            (compiled, "auto", "bfloat16, compiled"),
+        ):
+            times = side_by_side(prediction(model, some, amp), peer_predict)
+            yield Row(f"{question}, {how}", peer, *times, 0.6)
 
 
 def batch(device: str, boxes_per_image: int = BOXES_PER_IMAGE) -> tuple[Tensor, Tensor]:
@@ -119,6 +125,17 @@ def training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Ca
         scaler.update()
 
     return step
+
+
+def prediction(model: FCOS, images: Tensor, amp: str) -> Callable[[], Any]:
+    """From images to boxes."""
+    autocast, _ = mixed_precision(images.device, amp)
+
+    def predict() -> Any:
+        with autocast:
+            return model.predict(channels_last(images), SCORE_THRESH, NMS_THRESH)
+
+    return predict
 
 
 def _peer_training_step(

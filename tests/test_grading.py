@@ -537,8 +537,8 @@ MUTANTS = [
     Mutant(
         "score threshold ignored",
         "one_stage_detector",
-        "(image_scores > score_thresh)",
-        "(image_scores > min(score_thresh, 0.25))",
+        "scores > score_thresh",
+        "scores > min(score_thresh, 0.25)",
         {"inference": "score threshold"},
     ),
     Mutant(
@@ -565,15 +565,15 @@ MUTANTS = [
     Mutant(
         "NMS threshold ignored",
         "one_stage_detector",
-        "class_spec_nms(*found, nms_thresh)",
-        "class_spec_nms(*found, 0.6)",
+        "class_spec_nms(boxes, scores, class_ids, nms_thresh)",
+        "class_spec_nms(boxes, scores, class_ids, 0.6)",
         {"inference": "NMS threshold"},
     ),
     Mutant(
         "no NMS",
         "one_stage_detector",
-        "confident[class_spec_nms(*found, nms_thresh)]",
-        "confident",
+        "class_spec_nms(boxes, scores, class_ids, nms_thresh)",
+        "scores.argsort(descending=True)",
         {"inference": "NMS within a class"},
     ),
     Mutant(
@@ -830,8 +830,8 @@ def test_either_order_of_locations_is_consistent():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("kept = confident[class_spec_nms(*found, nms_thresh)]\n", "{}.flip(0)\n"),
-        ('"labels": image_labels[kept],', '"labels": image_labels[kept].float(),'),
+        ("class_spec_nms(boxes, scores, class_ids, nms_thresh)\n", "{}.flip(0)\n"),
+        ('"labels": labels[own],', '"labels": labels[own].float(),'),
         (
             'self.register_buffer("loss_normalizer", torch.tensor(150.0))',
             "self.loss_normalizer = torch.tensor(150.0)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -494,6 +495,41 @@ def test_a_batch_gives_what_its_images_give():
         assert torch.allclose(found["boxes"], boxes)
         assert torch.equal(found["labels"], labels)
         assert torch.allclose(found["scores"], scores)
+
+
+def test_one_class_may_come_in_several_images_at_one_place():
+    """A batch goes through one NMS; the same image twice must not suppress itself."""
+    detector = make_fcos().eval()
+    nn.init.normal_(detector.pred_net.pred_cls.weight)
+    image = torch.rand(1, 3, 64, 96)
+    first, second = detector.predict(image.repeat(2, 1, 1, 1), 0.05, 0.6)
+    assert len(first["scores"]) == len(second["scores"]) > 0
+    torch.testing.assert_close(first["boxes"], second["boxes"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_prediction():
+    detector = make_fcos()
+    with pytest.raises(ValueError, match="call eval"):
+        detector.train().compile_prediction()
+    detector.eval()
+    for module in detector.modules():  # statistics that folding them in must not lose
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    for convolution in (*detector.pred_net.stem_cls, detector.pred_net.pred_cls):
+        if isinstance(convolution, nn.Conv2d):
+            nn.init.normal_(convolution.weight, std=0.5)
+    images = torch.rand(2, 3, 64, 96)
+    plain = detector.predict(images, 0.08, 0.6)
+    detector.compile_prediction()
+    for found, expected in zip(detector.predict(images, 0.08, 0.6), plain, strict=True):
+        torch.testing.assert_close(found["scores"][0], expected["scores"][0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(found["boxes"][0], expected["boxes"][0], atol=1e-2, rtol=0)
+
+    nn.init.constant_(detector.pred_net.pred_cls.bias, -100)  # as a step of training would
+    detector.train().eval()
+    assert all(len(found["scores"]) == 0 for found in detector.predict(images, 0.08, 0.6))
 
 
 def test_nothing_found(detector):

@@ -78,6 +78,24 @@ def test_same_detections_as_evaluation(checkpoint, small_voc, tmp_path):
     assert compared > 20
 
 
+def test_lower_precision_is_offered_and_not_the_default(
+    checkpoint, small_voc, tmp_path, monkeypatch
+):
+    def bfloat16_everywhere(device, amp):
+        return torch.autocast(device.type, torch.bfloat16, enabled=amp == "auto"), None
+
+    monkeypatch.setattr("eecs598.optimization.mixed_precision", bfloat16_everywhere)
+    images = str(next((small_voc / "JPEGImages").iterdir()))
+    scores = {}
+    for amp in ([], ["--amp", "off"], ["--amp", "auto"]):
+        _, result = predict(checkpoint, images, *amp, out=tmp_path / f"out{len(scores)}")
+        found = result["images"][0]["detections"]
+        scores[amp[-1] if amp else "default"] = sorted(d["score"] for d in found)
+    assert scores["default"] == scores["off"] and len(scores["off"]) > 0
+    assert scores["auto"] != scores["off"]
+    assert scores["auto"][-1] == pytest.approx(scores["off"][-1], rel=0.05)
+
+
 def test_boxes_are_those_of_the_upright_image(checkpoint, small_voc, tmp_path):
     original = Image.open(small_voc / "JPEGImages/0000.jpg")
     original.save(tmp_path / "plain.png")
