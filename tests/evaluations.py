@@ -1,9 +1,10 @@
-"""An evaluation with one detection of each kind, for the tests of the analysis and the report."""
+"""Small evaluations for the tests of the metrics, the analysis and the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -11,6 +12,7 @@ from eecs598.evaluation import Evaluation, image_names
 from eecs598.metrics import write_text_format
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
+# One detection of each kind.
 TRUTHS = {  # image -> box and label of each object
     "first": [([10, 10, 50, 50], 0), ([60, 60, 90, 90], 1)],
     "second": [([20, 20, 80, 80], 0)],
@@ -31,6 +33,22 @@ DETECTIONS = {  # image -> box, label and score of each detection
     "fourth": [([0, 0, 30, 30], 1, 0.4)],  # background
 }
 KINDS = {"duplicate", "class", "localisation", "both", "missed", "background"}
+
+
+def one_image(detections: list[tuple], truths: list[tuple]) -> tuple[dict, dict]:
+    """Detections (label, score, box) and ground truth (label, box[, difficult])."""
+    labels, scores, boxes = zip(*detections, strict=True) if detections else ((), (), ())
+    prediction = {
+        "boxes": np.array(boxes, dtype=float).reshape(-1, 4),
+        "labels": np.array(labels),
+        "scores": np.array(scores),
+    }
+    target = {
+        "boxes": np.array([truth[1] for truth in truths], dtype=float).reshape(-1, 4),
+        "labels": np.array([truth[0] for truth in truths]),
+        "difficult": np.array([truth[2:] == (True,) for truth in truths], dtype=bool),
+    }
+    return prediction, target
 
 
 def make_evaluation(folder: Path, scale: float = 1.0, drop: tuple[str, ...] = ()) -> Evaluation:

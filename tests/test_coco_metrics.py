@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from evaluations import one_image
 
 from eecs598.coco_metrics import coco_metrics
 from eecs598.metrics import average_precision
@@ -23,18 +24,8 @@ FAR = (400, 400, 500, 500)
 
 
 def call(detections: list[tuple], truths: list[tuple], names: tuple = ("cat", "dog")) -> tuple:
-    """One image: detections (label, score, box), ground truth (label, box[, difficult])."""
-    labels, scores, boxes = zip(*detections, strict=True) if detections else ((), (), ())
-    prediction = {
-        "boxes": np.array(boxes, dtype=float).reshape(-1, 4),
-        "labels": np.array(labels),
-        "scores": np.array(scores),
-    }
-    target = {
-        "boxes": np.array([truth[1] for truth in truths], dtype=float).reshape(-1, 4),
-        "labels": np.array([truth[0] for truth in truths]),
-        "difficult": np.array([truth[2:] == (True,) for truth in truths], dtype=bool),
-    }
+    """One image; see ``one_image``."""
+    prediction, target = one_image(detections, truths)
     return [prediction], [target], names
 
 

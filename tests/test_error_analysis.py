@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from evaluations import one_image
 
 from eecs598.error_analysis import ERROR_KINDS, analyse_errors, confusion_matrix
 from eecs598.metrics import average_precision, match_detections
@@ -17,22 +18,6 @@ HALF_A = (0, 0, 9, 4)  # overlaps A by exactly 0.5
 THIRD_A = (0, 0, 9, 2)  # by 0.3
 TENTH_A = (0, 0, 9, 0)  # by exactly 0.1
 NEAR_A = (9, 9, 18, 18)  # by one pixel of 199
-
-
-def image(detections: list[tuple], truths: list[tuple]) -> tuple[dict, dict]:
-    """Detections (label, score, box) and ground truth (label, box[, difficult])."""
-    labels, scores, boxes = zip(*detections, strict=True) if detections else ((), (), ())
-    prediction = {
-        "boxes": np.array(boxes, dtype=float).reshape(-1, 4),
-        "labels": np.array(labels),
-        "scores": np.array(scores),
-    }
-    target = {
-        "boxes": np.array([truth[1] for truth in truths], dtype=float).reshape(-1, 4),
-        "labels": np.array([truth[0] for truth in truths]),
-        "difficult": np.array([truth[2:] == (True,) for truth in truths], dtype=bool),
-    }
-    return prediction, target
 
 
 def call(*images: tuple[dict, dict]) -> tuple[list[dict], list[dict], list[str]]:
@@ -52,8 +37,8 @@ def random_call(seed: int, num_images: int = 20) -> tuple[list[dict], list[dict]
         for x in rng.choice([0, 2, 4, 7, 20, 26, 60], rng.integers(6)):
             score = float(rng.choice([0.25, 0.5, 0.75, rng.random()]))
             detections.append((int(rng.integers(2)), score, (x, 0, x + 9, rng.choice([4, 9]))))
-        images.append(image(detections, truths))
-    images.append(image([], [(CAT, A), (DOG, A)]))
+        images.append(one_image(detections, truths))
+    images.append(one_image([], [(CAT, A), (DOG, A)]))
     return call(*images)
 
 
@@ -186,7 +171,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_error_kinds_by_hand(case):
     detections, truths, kinds, missed, base, gains = CASES[case]
-    result = analyse_errors(*call(image(detections, truths)))
+    result = analyse_errors(*call(one_image(detections, truths)))
     assert result.kinds == [kinds]
     assert [part.tolist() for part in result.missed] == [missed]
     assert result.map == pytest.approx(base)
@@ -202,12 +187,12 @@ def test_error_kinds_by_hand(case):
 
 
 def test_what_an_error_is_about():
-    first = image(
+    first = one_image(
         [(DOG, 0.9, A), (CAT, 0.8, A), (CAT, 0.95, A), (CAT, 0.7, FAR), (CAT, 0.6, THIRD_A)],
         [(CAT, B), (CAT, A), (DOG, B)],
     )
-    second = image([(DOG, 0.5, THIRD_A), (CAT, 0.4, B)], [(CAT, B, True), (CAT, A)])
-    result = analyse_errors(*call(first, image([], []), second, image([], [(DOG, A)])))
+    second = one_image([(DOG, 0.5, THIRD_A), (CAT, 0.4, B)], [(CAT, B, True), (CAT, A)])
+    result = analyse_errors(*call(first, one_image([], []), second, one_image([], [(DOG, A)])))
     assert result.kinds == [
         ["class", "duplicate", "true", "background", "localisation"],
         [],
@@ -239,30 +224,30 @@ def test_what_an_error_is_about():
     ],
 )
 def test_the_first_kind_that_fits(detections, truths, kind):
-    assert analyse_errors(*call(image(detections, truths))).kinds[0][-1] == kind
+    assert analyse_errors(*call(one_image(detections, truths))).kinds[0][-1] == kind
 
 
 def test_other_thresholds_move_the_kinds():
-    arguments = call(image([(CAT, 0.9, THIRD_A)], [(CAT, A)]))
+    arguments = call(one_image([(CAT, 0.9, THIRD_A)], [(CAT, A)]))
     assert analyse_errors(*arguments, 0.3).kinds == [["true"]]
     assert analyse_errors(*arguments, background_threshold=0.4).kinds == [["background"]]
     # Boxes that share nothing are background even then.
-    arguments = call(image([(CAT, 0.9, FAR)], [(CAT, A)]))
+    arguments = call(one_image([(CAT, 0.9, FAR)], [(CAT, A)]))
     assert analyse_errors(*arguments, background_threshold=0).kinds == [["background"]]
     with pytest.raises(ValueError, match=r"background_threshold must be in 0..iou_threshold"):
         analyse_errors(*arguments, background_threshold=0.6)
 
 
 def test_a_detector_that_finds_nothing_misses_everything():
-    result = analyse_errors(*call(image([], [(CAT, A), (DOG, B)]), image([], [])))
+    result = analyse_errors(*call(one_image([], [(CAT, A), (DOG, B)]), one_image([], [])))
     assert result.kinds == [[], []]
     assert result.counts["missed"] == 2
     assert (result.map, result.gains["missed"], result.gains_false_negatives) == (0, 1, 1)
     # Finding only what is not there is no better for a shorter list of boxes.
-    result = analyse_errors(*call(image([(CAT, 0.5, FAR)], [(CAT, A)])))
+    result = analyse_errors(*call(one_image([(CAT, 0.5, FAR)], [(CAT, A)])))
     assert (result.map, result.gains["missed"], result.gains_false_negatives) == (0, 0, 0)
     with pytest.raises(ValueError, match="no ground truth"):
-        analyse_errors(*call(image([(CAT, 0.5, FAR)], [])))
+        analyse_errors(*call(one_image([(CAT, 0.5, FAR)], [])))
 
 
 def test_properties_of_random_errors():
@@ -365,11 +350,11 @@ MATRICES = {
 @pytest.mark.parametrize("case", MATRICES)
 def test_confusion_matrix_by_hand(case):
     detections, truths, expected = MATRICES[case]
-    matrix = confusion_matrix(*call(image(detections, truths)))
+    matrix = confusion_matrix(*call(one_image(detections, truths)))
     assert matrix.dtype == np.int64
     assert matrix.tolist() == expected
     twice = confusion_matrix(
-        *call(image(detections, truths), image([], []), image(detections, truths))
+        *call(one_image(detections, truths), one_image([], []), one_image(detections, truths))
     )
     assert np.array_equal(twice, 2 * matrix)
 
