@@ -4,14 +4,16 @@
 
 trains once with the options given, and once more for each row of CHANGES. Every training is a run
 folder of `fcos train` in --out; those that are finished are not repeated, one that was stopped goes
-on, so that the whole can be interrupted at any time. Prints a table, also of what there is so far
-(--table).
+on, so that the whole can be interrupted at any time. With --seeds 0,1,2 each row is trained with
+each of them. Prints a table, also of what there is so far (--table).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,7 @@ CHANGES: dict[str, list[str]] = {
     "AdamW and GIoU": [*ADAMW, "--box-loss", "giou"],
     "AdamW with cosine and warm-up": [*ADAMW, "--schedule", "cosine", "--warmup-iters", "100"],
     "AdamW and group norm": [*ADAMW, "--head-norm", "group"],
+    "float32 and no channels last": ["--amp", "off", "--no-channels-last"],
     "random weights": ["--weights", "none"],
     "RegNetX-400MF from random weights": ["--backbone", "regnet_x_400mf", "--weights", "none"],
 }
@@ -54,21 +57,22 @@ def main() -> None:
     parser.add_argument(
         "--rows", default=",".join(CHANGES), help="names of the rows to run, comma between them"
     )
+    parser.add_argument("--seeds", default="0", metavar="N,N,...", help="for each row (0)")
     args, common = parser.parse_known_args()
     rows = [] if args.table else args.rows.split(",")
     unknown = set(rows) - set(CHANGES)
     if unknown:
         parser.error(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(CHANGES)}")
-    for name in rows:
-        folder = _folder(args.out, name)
+    for seed, name in itertools.product(args.seeds.split(","), rows):
+        folder = _folder(args.out, name, seed)
         if (folder / "metrics.json").is_file():
             continue
         command = [sys.executable, "-m", "fcos", "train", "--out", str(folder)]
         if (folder / "run.json").is_file():
             command.append("--resume")
         else:
-            command += ["--data", args.data, *common, *CHANGES[name]]
-        print(f"\n== {name}", flush=True)
+            command += ["--data", args.data, *common, *CHANGES[name], "--seed", seed]
+        print(f"\n== {name}, seed {seed}", flush=True)
         with subprocess.Popen(command) as training:
             try:
                 status = training.wait()
@@ -82,22 +86,32 @@ def main() -> None:
     print(table(args.out))
 
 
-def _folder(out: Path, name: str) -> Path:
-    return out / "".join(c if c.isalnum() else "-" for c in name.lower())
+def _folder(out: Path, name: str, seed: str = "0") -> Path:
+    suffix = "" if seed == "0" else f".seed-{seed}"
+    return out / ("".join(c if c.isalnum() else "-" for c in name.lower()) + suffix)
 
 
 def table(out: Path) -> str:
-    """The finished rows as a Markdown table."""
+    """The finished rows as a Markdown table; with several seeds, the difference is of the means."""
     lines = ["| change | mAP@0.5 | difference |", "|---|---|---|"]
-    scores = {
-        name: json.loads(path.read_text(encoding="utf-8"))["mAP"]
-        for name in CHANGES
-        if (path := _folder(out, name) / "metrics.json").is_file()
-    }
-    for name, score in scores.items():
-        difference = f"{100 * (score - scores['base']):+.1f}" if "base" in scores else ""
-        lines.append(f"| {name} | {100 * score:.1f} % | {'' if name == 'base' else difference} |")
+    base = _scores(out, "base")
+    for name in CHANGES:
+        scores = _scores(out, name)
+        if not scores:
+            continue
+        difference = ""
+        if base and name != "base":
+            difference = f"{statistics.mean(scores) - statistics.mean(base):+.1f}"
+        cell = ", ".join(f"{score:.1f}" for score in scores)
+        lines.append(f"| {name} | {cell} % | {difference} |")
     return "\n".join(lines)
+
+
+def _scores(out: Path, name: str) -> list[float]:
+    """The mAP in percent of each seed that is finished."""
+    folder = _folder(out, name)
+    files = [folder / "metrics.json", *sorted(out.glob(f"{folder.name}.seed-*/metrics.json"))]
+    return [100 * json.loads(f.read_text(encoding="utf-8"))["mAP"] for f in files if f.is_file()]
 
 
 if __name__ == "__main__":

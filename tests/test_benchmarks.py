@@ -43,11 +43,11 @@ def test_the_plain_loop_agrees_on_the_data_of_the_benchmark():
 
 
 def test_the_table_of_the_ablation_has_what_is_there(tmp_path):
-    for name, score in (("base", 0.3), ("GIoU", 0.325)):
-        folder = ablation._folder(tmp_path, name)
+    for name, seed, score in (("base", "0", 0.3), ("GIoU", "0", 0.325), ("GIoU", "1", 0.345)):
+        folder = ablation._folder(tmp_path, name, seed)
         folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps({"mAP": score}))
     assert ablation.table(tmp_path).splitlines()[2:] == [
         "| base | 30.0 % |  |",
-        "| GIoU | 32.5 % | +2.5 |",
+        "| GIoU | 32.5, 34.5 % | +3.5 |",
     ]
