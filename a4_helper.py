@@ -583,8 +583,7 @@ def plot_losses(
         percent = [100 * entry["mAP"] for entry in evaluations]
         lines += twin.plot(steps, percent, "ko-", markersize=4, label="validation mAP")
         twin.set(ylabel="mAP@0.5 in %", ylim=(0, 100))
-    # The losses end at the bottom on the right, the mAP at the top.
-    ax.legend(handles=lines, loc="center right")
+    ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(lines))
     if path is not None:
         with replacing(path) as unfinished:
             figure.savefig(unfinished, bbox_inches="tight")
