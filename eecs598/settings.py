@@ -180,6 +180,7 @@ RECIPES: dict[str, Settings] = {
         warmup_iters=100,
         box_loss="giou",
         augment=("flip", "zoom"),
+        amp="auto",
     ),
     # For the generated set, where a small model learns from random weights in minutes. No square of
     # 128 px can hold an object of p5 (over 8 * 16 px from a location to a side); one of 160 px can.
