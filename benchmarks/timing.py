@@ -53,16 +53,16 @@ def seconds_of(call: Callable[[], Any]) -> float:
     gc.collect()
     gc.disable()  # a collection in the middle would be counted
     try:
-        wait_for_gpu()
+        _wait_for_gpu()
         start = time.perf_counter()
         call()
-        wait_for_gpu()
+        _wait_for_gpu()
         return time.perf_counter() - start
     finally:
         gc.enable()
 
 
-def wait_for_gpu() -> None:
+def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
