@@ -438,12 +438,13 @@ def _greedy_nms(
 ) -> Tensor:
     """Block by block: settle the best boxes among themselves, then drop what they overlap.
 
-    A row of indices for each class, all rows side by side. Rows are filled up with -1, which
-    stands for a box of NaN: it has an IoU with nothing.
+    A row of indices for each class, all rows side by side. Rows are filled up with K, the index
+    of an empty box, which overlaps nothing.
     """
-    boxes = at_least_float32(boxes)
+    boxes = _without_degenerate(at_least_float32(boxes))
     threshold = _largest_not_above(iou_threshold, boxes.dtype)
-    sides = F.pad(boxes, (0, 0, 0, 1), value=math.nan).T.contiguous()  # (4, K + 1)
+    padding = len(boxes)
+    sides = F.pad(boxes, (0, 0, 0, 1)).T.contiguous()  # (4, K + 1)
     by_score = scores.argsort(descending=True, stable=True)
     rows = _class_rows(by_score, class_ids)  # (C, n)
     block_size = min(_NMS_BLOCK, math.ceil(math.sqrt(_NMS_PAIRS / max(1, len(rows)))))
@@ -451,41 +452,61 @@ def _greedy_nms(
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     while rows.numel() > 0:
         block, rest = rows[:, :block_size], rows[:, block_size:]
-        winners = _survivors(sides[:, block], threshold) & (block >= 0)
+        winners = _survivors(_taken(sides, block), threshold) & (block != padding)
         keep[block[winners]] = True
         if rest.numel() == 0:
             break
-        first = sides[:, _packed(block, winners)]
-        suppressed = [
-            (_pairwise_iou(first, sides[:, part]) > threshold).any(dim=1)
+        first = _taken(sides, _packed(block, winners, padding))
+        overlaps = [
+            _pairwise_iou(first, _taken(sides, part)).amax(dim=1)
             for part in rest.split(max(1, _NMS_PAIRS // first[0].numel()), dim=1)
         ]
-        rows = _packed(rest, (rest >= 0) & ~torch.cat(suppressed, dim=1))
+        suppressed = torch.cat(overlaps, dim=1) > threshold
+        rows = _packed(rest, (rest != padding) & ~suppressed, padding)
     return by_score[keep[by_score]]
 
 
+def _without_degenerate(boxes: Tensor) -> Tensor:
+    """Boxes (K, 4) with those that overlap nothing, having no finite area, put to zero.
+
+    Their IoU could be NaN with a proper box, which would hide that box's other overlaps in a
+    maximum. That of two zero boxes still is, and is above no threshold.
+    """
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    area = (x2 - x1) * (y2 - y1)
+    proper = (x1 < x2) & (y1 < y2) & (area > 0) & (area < math.inf)
+    return boxes.masked_fill(~proper[:, None], 0)
+
+
 def _class_rows(by_score: Tensor, class_ids: Tensor | None) -> Tensor:
-    """Indices (K,) of boxes as one row (C, n) a class, in their order; no boxes, no rows."""
-    if class_ids is None:
+    """Indices (K,) of boxes as one row (C, n) a class, in their order, filled up with K."""
+    if class_ids is None or len(by_score) == 0:
         return by_score[None]
     sorted_ids, order = class_ids[by_score].sort(stable=True)
     counts = sorted_ids.unique_consecutive(return_counts=True)[1]
-    return _padded(by_score[order].split(counts.tolist()))
+    rows = by_score[order].split(counts.tolist())
+    return pad_sequence(rows, batch_first=True, padding_value=len(by_score))
 
 
-def _packed(rows: Tensor, keep: Tensor) -> Tensor:
+def _packed(rows: Tensor, keep: Tensor, padding: int) -> Tensor:
     """Rows (C, n) without what is not kept (C, n); rows with nothing left are dropped."""
-    return _padded([row for row in rows[keep].split(keep.sum(dim=1).tolist()) if len(row)])
+    position = keep.cumsum(dim=1)
+    counts = position[:, -1]
+    longest = int(counts.max())
+    packed = rows.new_full((len(rows), longest + 1), padding)
+    packed.scatter_(1, (position - 1).where(keep, longest), rows)  # the last column is for waste
+    return packed[counts > 0, :longest]
 
 
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    return pad_sequence(rows, batch_first=True, padding_value=-1) if rows else torch.empty(0, 0)
+def _taken(sides: Tensor, rows: Tensor) -> Tensor:
+    """Sides (4, K + 1) of the boxes with these indices (C, n): (4, C, n)."""
+    return sides.index_select(1, rows.flatten()).unflatten(1, rows.shape)
 
 
 def _survivors(sides: Tensor, threshold: float) -> Tensor:
     """Which boxes NMS keeps in rows (4, C, n) of boxes by falling score: (C, n)."""
-    # conflict[c, i, j]: box i, when kept, removes the later box j.
-    conflict = (_pairwise_iou(sides, sides) > threshold).triu(diagonal=1).to(sides.dtype)
+    # conflict[c, i, j]: 1 where box i, when kept, removes the later box j.
+    conflict = _pairwise_iou(sides, sides).gt_(threshold).triu_(diagonal=1)
     # Whether a box survives depends only on earlier ones, so repeating the rule settles at least
     # one more box a round and ends at the one greedy answer, in practice after a few rounds.
     survives = torch.ones_like(sides[0])
@@ -499,8 +520,8 @@ def _survivors(sides: Tensor, threshold: float) -> Tensor:
 def _pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     """IoU of all pairs of boxes in each row: (4, C, n), (4, C, m) -> (C, n, m).
 
-    Degenerate pairs with no area give NaN, which is above no threshold; disjoint boxes give 0 or
-    less. The order of operations is torchvision's, so that both round alike.
+    Two empty boxes give NaN; disjoint boxes 0 or less. The order of operations is torchvision's,
+    so that both round alike.
     """
     x1, y1, x2, y2 = first[..., None]
     other_x1, other_y1, other_x2, other_y2 = second[:, :, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -273,6 +274,18 @@ def test_nms_is_torchvisions_on_many_cases(rng):
         threshold = (0.0, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.7, 1.0)[case % 8]
         kept = nms(boxes, scores, threshold)
         assert torch.equal(kept, torchvision.ops.nms(boxes, scores, threshold)), case
+
+
+def test_nms_with_boxes_that_are_none(rng):
+    """Negative, infinite and NaN sides overlap nothing, and hide no overlap of other boxes."""
+    boxes = random_boxes(600, rng, scale=20.0)
+    changed = torch.rand(600, 4, generator=rng) < 0.1
+    shift = torch.tensor([-5.0, -40.0, -math.inf, math.inf, math.nan])
+    boxes += torch.where(changed, shift[torch.randint(0, 5, (600, 4), generator=rng)], 0.0)
+    scores = torch.rand(600, generator=rng)
+    for threshold in (0.0, 0.3, 0.7):
+        kept = nms(boxes, scores, threshold)
+        assert torch.equal(kept, torchvision.ops.nms(boxes, scores, threshold))
 
 
 def test_nms_compares_with_the_threshold_as_given():
