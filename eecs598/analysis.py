@@ -61,16 +61,15 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of detections of the same images.
+    """An evaluation beside another one of the same images.
 
     Attributes:
         name: of the other one.
-        this, other: what ``average_precision`` returns for each.
+        other: what ``average_precision`` returns for it.
         difference: of the mAP, with its interval.
     """
 
     name: str
-    this: Mapping[str, Any]
     other: Mapping[str, Any]
     difference: DifferenceResult
 
@@ -166,10 +165,8 @@ def compare(evaluation: Evaluation, other: TextFormat, other_name: str) -> Compa
                 f"the ground truth of {name} in {other_name} has other objects than this "
                 "evaluation; compare evaluations of the same data."
             )
-    own = (evaluation.predictions, evaluation.targets, evaluation.class_names)
     return Comparison(
         other_name,
-        average_precision(*own),
         average_precision(predictions, targets, evaluation.class_names),
         bootstrap_difference(
             evaluation.predictions,

@@ -74,7 +74,7 @@ def write_report(
             metrics=analysis.metrics,
             smells=analysis.metrics["smells"],
             tiles=_tiles(analysis),
-            comparison=comparison and _comparison_context(comparison),
+            comparison=comparison and _comparison_context(comparison, analysis.metrics),
             mistakes=_mistakes(analysis),
             figures=lambda: Markup(figures.render(**context)),
         )
@@ -160,8 +160,8 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _comparison_context(comparison: Comparison) -> dict[str, Any]:
-    result = comparison.difference
+def _comparison_context(comparison: Comparison, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    result, other = comparison.difference, comparison.other
     low, high = result.low, result.high
     difference = _signed(100 * result.difference)
     verdict = (
@@ -171,14 +171,14 @@ def _comparison_context(comparison: Comparison) -> dict[str, Any]:
     )
     return {
         "name": comparison.name,
-        "sentence": f"mAP {_percent(comparison.this['mAP'])} here and "
-        f"{_percent(comparison.other['mAP'])} there: a difference of {difference} points, 95 % "
+        "sentence": f"mAP {_percent(metrics['mAP'])} here and "
+        f"{_percent(other['mAP'])} there: a difference of {difference} points, 95 % "
         f"interval {_signed(100 * low)} to {_signed(100 * high)} (bootstrap over the same images). "
         + verdict,
         "rows": [
-            {"name": name, "this": ap, "other": comparison.other["AP"][name]}
-            | {"difference": ap - comparison.other["AP"][name]}
-            for name, ap in comparison.this["AP"].items()
+            {"name": name, "this": ap, "other": other["AP"][name]}
+            | {"difference": ap - other["AP"][name]}
+            for name, ap in metrics["AP"].items()
         ],
     }
 
