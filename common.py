@@ -6,6 +6,7 @@ Symbols used throughout: B images, N locations, M boxes, C classes, K detections
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket
@@ -430,30 +431,41 @@ def class_spec_nms(
 
 # How many pairs of boxes are compared at a time: few enough to stay in the processor's cache.
 _NMS_PAIRS = 2**17
-_NMS_BLOCK = 128
+_NMS_BLOCK = 192
 
 
 def _greedy_nms(
     boxes: Tensor, scores: Tensor, class_ids: Tensor | None, iou_threshold: float
 ) -> Tensor:
-    """Block by block: settle the best boxes among themselves, then drop what they overlap.
-
-    A row of indices for each class, all rows side by side. Rows are filled up with K, the index
-    of an empty box, which overlaps nothing.
-    """
+    """Greedy NMS, of each class for itself where there are classes."""
     boxes = _without_degenerate(at_least_float32(boxes))
     threshold = _largest_not_above(iou_threshold, boxes.dtype)
-    padding = len(boxes)
-    sides = F.pad(boxes, (0, 0, 0, 1)).T.contiguous()  # (4, K + 1)
+    sides = F.pad(boxes, (0, 0, 0, 1)).T.contiguous()  # (4, K + 1): box K is empty
     by_score = scores.argsort(descending=True, stable=True)
-    rows = _class_rows(by_score, class_ids)  # (C, n)
-    block_size = min(_NMS_BLOCK, math.ceil(math.sqrt(_NMS_PAIRS / max(1, len(rows)))))
-
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for rows in _class_rows(by_score, class_ids):
+        keep[_kept(rows, sides, threshold)] = True
+    return by_score[keep[by_score]]
+
+
+def _kept(rows: Tensor, sides: Tensor, threshold: float) -> Tensor:
+    """Indices of the boxes that NMS keeps of each row.
+
+    Block by block: settle the best boxes among themselves, then drop what they overlap.
+
+    Args:
+        rows: (C, n) indices of boxes by falling score, all rows side by side. They are filled up
+            with K, the index of an empty box, which overlaps nothing.
+        sides: (4, K + 1).
+        threshold: of the IoU.
+    """
+    padding = sides.shape[1] - 1
+    block_size = min(_NMS_BLOCK, math.ceil(math.sqrt(_NMS_PAIRS / len(rows))))
+    kept = []
     while rows.numel() > 0:
         block, rest = rows[:, :block_size], rows[:, block_size:]
         winners = _survivors(_taken(sides, block), threshold) & (block != padding)
-        keep[block[winners]] = True
+        kept.append(block[winners])
         if rest.numel() == 0:
             break
         first = _taken(sides, _packed(block, winners, padding))
@@ -463,7 +475,7 @@ def _greedy_nms(
         ]
         suppressed = torch.cat(overlaps, dim=1) > threshold
         rows = _packed(rest, (rest != padding) & ~suppressed, padding)
-    return by_score[keep[by_score]]
+    return torch.cat(kept)
 
 
 def _without_degenerate(boxes: Tensor) -> Tensor:
@@ -478,14 +490,21 @@ def _without_degenerate(boxes: Tensor) -> Tensor:
     return boxes.masked_fill(~proper[:, None], 0)
 
 
-def _class_rows(by_score: Tensor, class_ids: Tensor | None) -> Tensor:
-    """Indices (K,) of boxes as one row (C, n) a class, in their order, filled up with K."""
-    if class_ids is None or len(by_score) == 0:
-        return by_score[None]
+def _class_rows(by_score: Tensor, class_ids: Tensor | None) -> list[Tensor]:
+    """Indices (K,) of boxes as rows (C, n), one a class, in their order, filled up with K.
+
+    One large class would fill up the rows of all others to its length. So only classes whose
+    sizes are less than fourfold apart are together.
+    """
+    if class_ids is None:
+        return [by_score[None]] if len(by_score) else []
     sorted_ids, order = class_ids[by_score].sort(stable=True)
     counts = sorted_ids.unique_consecutive(return_counts=True)[1]
-    rows = by_score[order].split(counts.tolist())
-    return pad_sequence(rows, batch_first=True, padding_value=len(by_score))
+    rows = sorted(by_score[order].split(counts.tolist()), key=len)
+    return [
+        pad_sequence(list(group), batch_first=True, padding_value=len(by_score))
+        for _, group in itertools.groupby(rows, key=lambda row: len(row).bit_length() // 2)
+    ]
 
 
 def _packed(rows: Tensor, keep: Tensor, padding: int) -> Tensor:

@@ -328,13 +328,18 @@ def test_nms_of_nothing():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_class_specific_nms_is_nms_of_each_class(rng, offset):
-    """Also far from the origin, where shifting classes apart would round the boxes."""
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_class_specific_nms_is_nms_of_each_class(rng, offset, share):
+    """Also far from the origin, where shifting classes apart would round the boxes.
+
+    And with a large share of the boxes in one class of many, from none to a few boxes each.
+    """
     boxes = random_boxes(2000, rng) + offset
     scores = torch.rand(2000, generator=rng)
-    classes = torch.randint(0, 20, (2000,), generator=rng)
+    classes = torch.randint(0, 400 if share else 20, (2000,), generator=rng)
+    classes[torch.rand(2000, generator=rng) < share] = 7
     expected = []
-    for label in range(20):
+    for label in range(400):
         members = (classes == label).nonzero().flatten()
         expected.append(members[torchvision.ops.nms(boxes[members], scores[members], 0.5)])
     kept = class_spec_nms(boxes, scores, classes, 0.5)
