@@ -371,6 +371,9 @@ def train_detector(
         record = stack.enter_context(_Record(history, max_iters, run))
         if run is not None:
             stack.enter_context(run.catching_signals())
+            if done and run.evaluation_is_due(done, last=done == max_iters):
+                # The stop that the training goes on from came before it.
+                run.save(done, best_model, state, history, last=done == max_iters)
         batches = _endless(train_loader, max_iters - done)
         for iteration, (paths, images, gt_boxes) in enumerate(batches, start=done + 1):
             if num_classes is not None:
@@ -422,7 +425,7 @@ def _training_network(detector: nn.Module, device: torch.device, compile: bool) 
 def _endless(loader: DataLoader, max_iters: int) -> Iterator:
     """Batches of the loader, started again when it ends, ``max_iters`` in all."""
     remaining = max_iters
-    while remaining:
+    while remaining > 0:
         started_with = remaining
         for batch in loader:
             yield batch
@@ -493,6 +496,8 @@ class _Record:
         for step, row in zip(self.pending, rows, strict=True):
             parts = dict(zip(names, row, strict=True))
             if not all(map(math.isfinite, row)):
+                if self.run is not None:
+                    self.run.write_history(self.history)  # the way there
                 paths = [path for paths in gather(step.paths) for path in paths]
                 raise FloatingPointError(
                     f"the loss became {parts['loss']} at iteration {step.iteration} (parts: "
@@ -721,6 +726,7 @@ def evaluate_detector(
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.device(device).type != "cpu",
+        generator=torch.Generator(),  # an evaluation in a training does not touch its randomness
     )
     detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
     shares = gather(

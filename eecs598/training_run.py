@@ -100,7 +100,7 @@ class TrainingRun:
         self.plot = plot
         self.evaluations: list[dict[str, float]] = []
         self.signal_number: int | None = None
-        self._stopping = False
+        self._stopping = self._evaluating = False
         self._resumed_from = load_training(self.checkpoint_path) if resume else None
         self._written = 0  # iterations in history.jsonl
         self._tensorboard = None
@@ -148,7 +148,7 @@ class TrainingRun:
         # Every iteration, since torchrun and schedulers leave a process half a minute to stop.
         self._stopping = any_process(self.signal_number is not None)
         periods = (self.checkpoint_every, self.keep_every, self.eval_every)
-        at_period = any(period and iteration % period == 0 for period in periods)
+        at_period = any(_is_multiple(iteration, period) for period in periods)
         return last or self._stopping or at_period
 
     def save(
@@ -159,7 +159,9 @@ class TrainingRun:
         history: History,
         last: bool,
     ) -> None:
-        """Evaluate when it is due, then write a checkpoint and the history up to here.
+        """Write a checkpoint and the history up to here, and evaluate when it is due.
+
+        The checkpoint comes first: an evaluation takes minutes, and may fail or be interrupted.
 
         Args:
             iteration: that was done last.
@@ -171,7 +173,7 @@ class TrainingRun:
         Raises:
             FloatingPointError: the model has parameters that are not finite; what was saved
                 before stays.
-            TrainingStopped: there was a signal; everything is saved.
+            TrainingStopped: there was a signal; everything but the evaluation is saved.
         """
         weights = model.state_dict()
         bad = [name for name, value in weights.items() if not _is_finite(value)]
@@ -181,23 +183,38 @@ class TrainingRun:
                 f"{self.last_good()} Lower the learning rate, or clip the gradients."
             )
         self.write_history(history)
-        at_period = self.eval_every and iteration % self.eval_every == 0
-        try:
-            if self.evaluate is not None and (last or (at_period and not self._stopping)):
-                self._evaluate(iteration, model)
-        finally:  # an evaluation that fails does not cost the training
-            if is_main_process():
-                self._write_checkpoints(iteration, weights, state, history)
-        if self._stopping and not last:
-            number = self.signal_number or signal.SIGTERM
-            raise TrainingStopped(
-                f"stopped by {signal.Signals(number).name} after iteration {iteration}; "
-                f"`fcos train --resume --out {self.folder}` goes on from there.",
-                number,
-            )
+        self._write_checkpoints(iteration, weights, state, history)
+        if self._stopping:
+            raise self._stopped(iteration)
+        if self.evaluation_is_due(iteration, last):
+            self._evaluate(iteration, model)
+            self._write_checkpoints(iteration, weights, state, history)
+
+    def evaluation_is_due(self, iteration: int, last: bool) -> bool:
+        """Whether the model of this iteration is to be evaluated, and was not yet."""
+        if self.evaluate is None or not (last or _is_multiple(iteration, self.eval_every)):
+            return False
+        return not self.evaluations or self.evaluations[-1]["iteration"] < iteration
+
+    def _stopped(self, iteration: int) -> TrainingStopped:
+        number = self.signal_number or signal.SIGTERM
+        return TrainingStopped(
+            f"stopped by {signal.Signals(number).name} after iteration {iteration}; "
+            f"`fcos train --resume --out {self.folder}` goes on from there.",
+            number,
+        )
 
     def _evaluate(self, iteration: int, model: nn.Module) -> None:
-        entry = {"iteration": iteration, "mAP": self.evaluate(model)["mAP"]}
+        self._evaluating = True
+        try:
+            if self.signal_number is not None:  # it came a moment ago
+                raise KeyboardInterrupt
+            mean = self.evaluate(model)["mAP"]
+        except KeyboardInterrupt:
+            raise self._stopped(iteration) from None
+        finally:
+            self._evaluating = False
+        entry = {"iteration": iteration, "mAP": mean}
         best = entry["mAP"] > max((other["mAP"] for other in self.evaluations), default=-1.0)
         self.evaluations.append(entry)
         if is_main_process():
@@ -215,8 +232,10 @@ class TrainingRun:
         state: Mapping[str, Stateful],
         history: History,
     ) -> None:
+        if not is_main_process():
+            return
         paths = [self.checkpoint_path]
-        if self.keep_every and iteration % self.keep_every == 0:
+        if _is_multiple(iteration, self.keep_every):
             paths.append(self.folder / f"checkpoint-{iteration}.pt")
         for path in paths:
             save_checkpoint(
@@ -247,7 +266,7 @@ class TrainingRun:
         """Append what is new in the history to its file."""
         if is_main_process():
             self._append(_steps(history, self._written))
-            self._written = len(history["iteration"])
+            self._written = len(history.get("iteration", ()))
 
     def _append(self, entries: Iterable[Mapping[str, float]]) -> None:
         entries = list(entries)
@@ -267,12 +286,15 @@ class TrainingRun:
     def catching_signals(self) -> Iterator[None]:
         """Within the block, Ctrl-C and SIGTERM are noted, and the training ends in good order.
 
-        A second Ctrl-C ends it at once, as ever.
+        An evaluation is interrupted; it is made up for when the training goes on. A second Ctrl-C
+        ends everything at once, as ever.
         """
 
         def note(number: int, _frame: object) -> None:
             self.signal_number = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._evaluating:
+                raise KeyboardInterrupt
 
         # Python lets only the main thread do this.
         main = threading.current_thread() is threading.main_thread()
@@ -309,6 +331,11 @@ def _steps(history: History, first: int) -> Iterator[dict[str, float]]:
     """The history iteration by iteration."""
     for position in range(first, len(history.get("iteration", ()))):
         yield {name: values[position] for name, values in history.items()}
+
+
+def _is_multiple(iteration: int, period: int) -> bool:
+    """Whether a period ends with this iteration; one of 0 never does."""
+    return period > 0 and iteration % period == 0
 
 
 def _json_lines(entries: Iterable[Mapping[str, float]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -185,6 +186,48 @@ def test_evaluations_and_the_files_that_are_kept(tmp_path, small_voc):
     assert sum("mAP" in entry for entry in entries) == 4 and len(entries) == 24
 
 
+@pytest.mark.parametrize("stopped_at", [10, 20])
+@pytest.mark.parametrize("within", [True, False])
+def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(
+    tmp_path, small_voc, monkeypatch, stopped_at, within
+):
+    """A signal comes within an evaluation, or in the iteration just before."""
+    evaluated = []
+    calls = 0
+    original = Toy.forward
+
+    def sends(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == stopped_at and not within:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    def evaluate(model):
+        evaluated.append(calls)
+        if calls == stopped_at and within:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return {"mAP": 0.01 * calls}
+
+    monkeypatch.setattr(Toy, "forward", sends)
+    options = {"evaluate": evaluate, "eval_every": 10, "checkpoint_every": 0}
+    with pytest.raises(TrainingStopped, match=f"after iteration {stopped_at}.*--resume --out"):
+        train_toy(tmp_path / "run", small_voc, **options)
+    assert evaluated == [10, 20][: stopped_at // 10 - (0 if within else 1)]
+    assert load_checkpoint(tmp_path / "run/checkpoint.pt")["iteration"] == stopped_at
+    stopped_at = 0
+    _, history, run = train_toy(tmp_path / "run", small_voc, resume=True, **options)
+    assert run.evaluations == [{"iteration": i, "mAP": 0.01 * i} for i in (10, 20)]
+    assert load_checkpoint(tmp_path / "run/best.pt")["iteration"] == 20
+    check_history_file(tmp_path / "run", history)
+    entries = [json.loads(line) for line in (tmp_path / "run/history.jsonl").open()]
+    assert [entry for entry in entries if "mAP" in entry] == run.evaluations
+    before = len(evaluated)
+    train_toy(tmp_path / "run", small_voc, resume=True, **options)
+    assert len(evaluated) == before  # what was made is not made again
+
+
 def test_the_moving_average_is_what_is_evaluated_and_returned(tmp_path, small_voc):
     evaluated = []
 
@@ -223,6 +266,8 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(
     checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert checkpoint["iteration"] == 10
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    lines = (tmp_path / "run/history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 12))  # the way there
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, small_voc, monkeypatch):
@@ -323,7 +368,8 @@ def test_killed_at_random_moments(shapes, tmp_path):
                     break
             assert process.poll() is None or process.returncode == 0, "".join(seen)
             time.sleep(moments.uniform(0, 0.6))
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done already
+                os.killpg(process.pid, signal.SIGKILL)
             seen += process.stdout.readlines()
         command = ["train", "--resume", "--out", str(out), "--workers", "0", "--device", "cpu"]
         command += ["--checkpoint-every", str(period), "--eval-every", "0"]
