@@ -446,6 +446,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from eecs598.distributed import gather, is_main_process, num_processes, rank
     from eecs598.files import claimed, write_json
     from eecs598.metrics import average_precision, check_class_names
+    from eecs598.optimization import network_dtype
     from eecs598.sampling import TrainingSampler
     from eecs598.settings import Settings
     from eecs598.training_run import TrainingRun, ignore_signals
@@ -480,6 +481,11 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {classes}")
     print(settings)
 
+    description["environment"][-1] |= {
+        "device": device,
+        "processes": num_processes(),
+        "precision": str(network_dtype(torch.device(device), settings.amp)).removeprefix("torch."),
+    }
     reset_seed(settings.seed)
     checkpoint = out / "checkpoint.pt"
     resume = gather(args.resume and checkpoint.is_file())[0]
@@ -574,8 +580,8 @@ def _new_run(args: argparse.Namespace) -> dict[str, Any]:
 
     from eecs598.datasets import class_names
     from eecs598.distributed import gather, is_main_process
+    from eecs598.environment import describe_environment
     from eecs598.settings import RECIPES
-    from eecs598.training_run import describe_environment
 
     recipe = args.recipe or ("shapes" if args.data is None else "handout")
     settings = dataclasses.replace(RECIPES[recipe], **_given_settings(args))
@@ -593,8 +599,8 @@ def _new_run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _resumed(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a training that was stopped."""
+    from eecs598.environment import describe_environment
     from eecs598.settings import RECIPES
-    from eecs598.training_run import describe_environment
 
     if args.out is not None:
         out = Path(args.out)
@@ -1068,9 +1074,9 @@ def _write_report(
 ) -> dict[str, Any]:
     """``report.html`` and ``metrics.json``; returns what the latter holds."""
     from eecs598.analysis import analyse
+    from eecs598.environment import describe_environment
     from eecs598.files import write_json
     from eecs598.report import write_report
-    from eecs598.training_run import describe_environment
 
     analysis = analyse(evaluation)
     environment = describe_environment()

@@ -2,8 +2,9 @@
 
     python -m benchmarks [MODULE ...] [--device cuda]
 
-Each module has ``rows(device)``, which checks that both sides give the same and then times them by
-turns. The peers come with ``pip install -e ".[bench]"``. Leave the machine alone meanwhile.
+Each module has ``rows(device)``, which checks that both sides do the same work, as far as they can
+give the same results, and then times them by turns. The peers come with
+``pip install -e ".[bench]"``. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import importlib
 import platform
 
 import torch
-import torchvision
 
 from benchmarks.timing import table
+from eecs598.environment import package_versions, processor_name
 
 MODULES = (
     "nms",
@@ -26,6 +27,7 @@ MODULES = (
     "average_precision",
     "command_line",
 )
+PACKAGES = ("torch", "torchvision", "pillow", "faster-coco-eval", "pycocotools")
 
 
 def main() -> None:
@@ -39,12 +41,10 @@ def main() -> None:
     hardware = (
         torch.cuda.get_device_name()
         if args.device == "cuda"
-        else f"{torch.get_num_threads()} cores"
+        else f"{torch.get_num_threads()} cores of {processor_name()}"
     )
-    print(
-        f"{hardware}, {platform.machine()}, PyTorch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, Python {platform.python_version()}\n"
-    )
+    versions = {"Python": platform.python_version(), **package_versions(PACKAGES)}
+    print(", ".join([hardware, *(f"{name} {version}" for name, version in versions.items())]), "\n")
     rows = []
     for name in args.modules or MODULES:
         for row in importlib.import_module(f"benchmarks.{name}").rows(args.device):

@@ -1,7 +1,9 @@
 """How long do a training step and a prediction take, next to torchvision's own FCOS?
 
 The peer is ``torchvision.models.detection.FCOS`` on the same backbone, pyramid levels and width,
-with heads of as many convolutions; the same images and boxes go into both.
+with heads of as many convolutions; the same images and boxes go into both. The backbones have the
+same weights, which is checked; the heads are each library's own, with random weights. All scores
+are alike then, so that predictions carry as many boxes as they can.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 
 from benchmarks.timing import Row, side_by_side
-from eecs598.optimization import mixed_precision
+from eecs598.optimization import mixed_precision, network_dtype
 from one_stage_detector import FCOS
 
 BATCH_SIZE, SIDE, NUM_CLASSES, WIDTH, STEM = 16, 224, 20, 128, (128, 128)
@@ -30,12 +32,14 @@ def rows(device: str) -> Iterator[Row]:
     """Training steps and predictions."""
     images, gt_boxes = batch(device)
     ours, theirs = make_detector(device), _theirs(device)
+    _check_same_pyramid(ours.eval(), theirs.eval(), images[:1])
+    fast_dtype = str(network_dtype(torch.device(device), "auto")).removeprefix("torch.")
     peer = "torchvision FCOS, float32"
     plain = training_step(channels_last(ours).train(), channels_last(images), gt_boxes, "off")
     fast = training_step(ours.train(), channels_last(images), gt_boxes, "auto")
     peers = _peer_training_step(theirs.train(), images, gt_boxes)
     question = f"training step, {BATCH_SIZE} images of {SIDE} px"
-    yield Row(f"{question}, bfloat16, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
+    yield Row(f"{question}, {fast_dtype}, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
     yield Row(f"{question}, float32", peer, *side_by_side(plain, peers), 1 / 1.4)
     ours, theirs = channels_last(ours).eval(), theirs.eval()
     compiled = channels_last(make_detector(device)).eval()
@@ -50,8 +54,8 @@ def rows(device: str) -> Iterator[Row]:
         question = f"prediction, {count} image{'s' * (count > 1)} of {SIDE} px"
         for model, amp, how in (
             (ours, "off", "float32"),
-            (ours, "auto", "bfloat16"),
-            (compiled, "auto", "bfloat16, compiled"),
+            (ours, "auto", fast_dtype),
+            (compiled, "auto", f"{fast_dtype}, compiled"),
         ):
             times = side_by_side(prediction(model, some, amp), peer_predict)
             yield Row(f"{question}, {how}", peer, *times, 0.6)
@@ -109,6 +113,14 @@ def _theirs(device: str) -> TorchvisionFCOS:
         score_thresh=SCORE_THRESH,
         nms_thresh=NMS_THRESH,
     ).to(device)
+
+
+def _check_same_pyramid(ours: FCOS, theirs: TorchvisionFCOS, images: Tensor) -> None:
+    with torch.no_grad():
+        levels, others = ours.backbone(images), theirs.backbone(images)
+    assert levels.keys() == others.keys()
+    for level, values in levels.items():
+        torch.testing.assert_close(values, others[level])
 
 
 def training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Callable[[], Any]:

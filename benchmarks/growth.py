@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import statistics
 import threading
@@ -27,6 +28,7 @@ from benchmarks.nms import random_boxes
 from benchmarks.timing import seconds_of
 from common import nms
 from eecs598.metrics import average_precision
+from eecs598.optimization import network_dtype
 
 REPETITIONS = 5
 
@@ -69,7 +71,8 @@ def _nms(device: str) -> Iterator[Line]:
         points = []
         for count in (1_000, 5_000, 20_000, 100_000):
             boxes, scores, _ = random_boxes(count, device)
-            points.append(_measure(count, lambda b=boxes, s=scores, f=function: f(b, s, 0.5)))
+            call = functools.partial(function, boxes, scores, 0.5)
+            points.append(_measure(count, call, device))
         yield label, points
 
 
@@ -86,14 +89,15 @@ def _training(
 ) -> Iterator[tuple[str, list[Point]]]:
     """Training steps on batches of some number of images and side; which of both is the size."""
     detector = channels_last(make_detector(device)).train()
-    for label, amp in (("float32", "off"), ("bfloat16", "auto")):
+    for amp in ("off", "auto"):
+        label = str(network_dtype(torch.device(device), amp)).removeprefix("torch.")
         points = []
         for shape in shapes:
             count, side = shape
             images = torch.randn(count, 3, side, side, device=device)
             gt_boxes = torch.tensor([[[0.2, 0.2, 0.7, 0.6, 0.0]]], device=device) * side
             step = training_step(detector, channels_last(images), gt_boxes.repeat(count, 1, 1), amp)
-            points.append(_measure(shape[which], step))
+            points.append(_measure(shape[which], step, device))
         yield label, points
 
 
@@ -103,20 +107,20 @@ def _images(device: str) -> Iterator[Line]:
     points = []
     for count in (100, 500, 1_000, len(targets)):
         some = predictions[:count], targets[:count]
-        points.append(_measure(count, lambda s=some: average_precision(*s, names)))
+        points.append(_measure(count, lambda s=some: average_precision(*s, names), "cpu"))
     yield "ours", points
 
 
-def _measure(size: int, call: Callable[[], object]) -> Point:
+def _measure(size: int, call: Callable[[], object], device: str) -> Point:
     call()  # what is done once is not counted
     seconds = statistics.median(seconds_of(call) for _ in range(REPETITIONS))
-    return Point(size, seconds, _peak_megabytes(call))
+    return Point(size, seconds, _peak_megabytes(call, device))
 
 
-def _peak_megabytes(call: Callable[[], object]) -> float | None:
-    """What a call takes at the most; None where that can't be found out."""
+def _peak_megabytes(call: Callable[[], object], device: str) -> float | None:
+    """What a call takes of the device's memory at most; None where that can't be found out."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()

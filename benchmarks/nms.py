@@ -29,7 +29,7 @@ def rows(device: str) -> Iterator[Row]:
 
         if device == "cpu":  # divisions on a GPU may round differently
             assert all(map(torch.equal, ours(), theirs()))
-        repetitions = 9 if size <= 20_000 else 3
+        repetitions = 9 if size <= 20_000 else 7
         times = side_by_side(ours, theirs, repetitions)
         yield Row(f"nms, {size:,} boxes", "torchvision.ops.nms", *times, goal)
 

@@ -14,14 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.detector import BATCH_SIZE, SIDE, batch, channels_last, make_detector, training_step
 from benchmarks.timing import Row, seconds_of, side_by_side
+from eecs598.optimization import network_dtype
 
 SIZES = (1024, 2048, 4096)
 
 
 def rows(device: str) -> Iterator[Row]:
-    """The step in bfloat16 and in float32."""
+    """The step in mixed precision and in float32."""
     images, gt_boxes = batch(device)
-    for amp, dtype in (("auto", torch.bfloat16), ("off", torch.float32)):
+    for amp in ("auto", "off"):
+        dtype = network_dtype(torch.device(device), amp)
         detector = channels_last(make_detector(device)).train()
         step = training_step(detector, channels_last(images), gt_boxes, amp)
         with FlopCounterMode(display=False) as counter:

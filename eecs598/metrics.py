@@ -823,7 +823,9 @@ def _list_text_files(folder: Path) -> list[str]:
             f"{folder} is not a folder; scoring needs a folder that holds {GROUND_TRUTH_FOLDER}/ "
             f"and {DETECTIONS_FOLDER}/ with one .txt file an image in each"
         )
-    return sorted(name for name in os.listdir(folder) if name.endswith(".txt"))
+    names = (name for name in os.listdir(folder) if name.endswith(".txt"))
+    # A killed process leaves what it began to write under a hidden name.
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _read_folder(

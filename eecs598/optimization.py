@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["learning_rate_factor", "make_optimizer", "mixed_precision", "weight_average"]
+__all__ = [
+    "learning_rate_factor",
+    "make_optimizer",
+    "mixed_precision",
+    "network_dtype",
+    "weight_average",
+]
 
 
 def make_optimizer(
@@ -71,8 +77,8 @@ def learning_rate_factor(
     return lambda step: decay(step) * min(1.0, (step + 1) / (warmup_iters + 1))
 
 
-def mixed_precision(device: torch.device, amp: str) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """The precision that a network runs in, and what keeps small gradients alive in it.
+def network_dtype(device: torch.device, amp: str) -> torch.dtype:
+    """What a network computes in.
 
     Args:
         device: that the network runs on.
@@ -81,17 +87,26 @@ def mixed_precision(device: torch.device, amp: str) -> tuple[torch.autocast, tor
     """
     if amp not in ("auto", "off"):
         raise ValueError(f'amp={amp!r}; expected "auto" or "off".')
+    if amp == "off":
+        return torch.float32
     if device.type == "cuda":
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        float16 = not bfloat16
-    else:
-        # Older versions of PyTorch can't tell; there, float32 is never wrong.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        float16 = False
-    dtype = torch.float16 if float16 else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=amp == "auto" and (bfloat16 or float16))
-    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "auto" and float16)
+        return torch.bfloat16 if bfloat16 else torch.float16
+    # Older versions of PyTorch can't tell; there, float32 is never wrong.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def mixed_precision(device: torch.device, amp: str) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """What makes a network compute in its dtype, and keeps small gradients alive in float16.
+
+    Args:
+        device, amp: as for ``network_dtype``.
+    """
+    dtype = network_dtype(device, amp)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def weight_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +30,7 @@ from eecs598.checkpoint import (
 from eecs598.distributed import any_process, is_main_process
 from eecs598.files import remove_unfinished, replacing
 
-__all__ = ["TrainingRun", "TrainingStopped", "describe_environment", "ignore_signals"]
+__all__ = ["TrainingRun", "TrainingStopped", "ignore_signals"]
 
 History = dict[str, list[float]]
 
@@ -354,27 +350,3 @@ def _tensorboard_writer(folder: Path, iteration: int) -> Any:
             'TensorBoard is not installed; `pip install -e ".[tensorboard]"` does it.'
         ) from error
     return SummaryWriter(folder, purge_step=iteration + 1)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Command, versions, hardware and the state of the repository: who made a result."""
-    folder = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(folder), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return None  # no git, or a folder that is no repository
-
-    changes = git("status", "--porcelain")
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in ("torch", "torchvision")},
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": (git("rev-parse", "HEAD") or "").strip() or None,
-        "uncommitted_changes": None if changes is None else changes.splitlines(),
-    }

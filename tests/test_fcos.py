@@ -73,7 +73,9 @@ def test_train_leaves_what_it_says(run_folder):
     assert description["recipe"] == "handout"
     contents = description["contents"]
     assert contents["train"]["images"] == 6 and sum(contents["val"]["objects"].values()) > 6
-    assert description["environment"][0]["packages"]["torch"] == torch.__version__.split("+")[0]
+    (environment,) = description["environment"]
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert [environment[n] for n in ("device", "processes", "precision")] == ["cpu", 1, "float32"]
 
 
 def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys):
