@@ -459,9 +459,10 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
             f"--batch-size {settings.batch_size} can't be shared evenly by {num_processes()} "
             "processes; choose a multiple."
         )
-    varies = bool(settings.augment or settings.image_sizes)  # then it is the originals that count
+    # Augmentations, and batches of other sizes, start from the originals.
+    varies = bool(settings.augment or settings.image_sizes)
     train_set = _dataset(
-        data, "train", settings.image_size, classes, cache=args.cache and not varies
+        data, "train", settings.image_size, classes, cache=args.cache and not settings.augment
     )
     val_set = _dataset(data, "val", settings.image_size, classes, cache=args.cache)
     contents = {dataset.split: _contents(dataset) for dataset in (train_set, val_set)}

@@ -11,7 +11,6 @@ counted, shown on a few files, and comes with what to do about it.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 from eecs598 import coco, voc
 from eecs598.datasets import data_layout
+from eecs598.images import read_image
 
 __all__ = ["DataReport", "Problem", "SplitSummary", "check_data", "format_report"]
 
@@ -338,14 +338,11 @@ def _read_file(path: Path) -> _File:
     if not os.path.isfile(path):
         return _File(fault=("missing", "missing"))
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            digest = hashlib.blake2b(data, digest_size=16).digest()
-            return _File(image.size, _orientation(image), digest)
-    except Exception as error:  # damaged files raise whatever the parser of their format ran into
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        return _File(fault=("unreadable", reason or type(error).__name__))
+        image = read_image(path, upright=False)  # what the training will do
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except (ValueError, OSError) as error:
+        return _File(fault=("unreadable", str(error).split(" can't be read as an image: ")[-1]))
+    return _File(image.size, _orientation(image), digest)
 
 
 def _orientation(image: Image.Image) -> int:

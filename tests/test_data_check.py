@@ -142,10 +142,22 @@ FAULTS = [
     (
         "unreadable",
         "error",
-        "t1.jpg: not an image",
+        "t1.jpg: it is in none of the formats AVIF",
         lambda r: image(r, "t1").write_bytes(b"x" * 99),
     ),
-    ("unreadable", "error", "t1.jpg: not an image", lambda r: image(r, "t1").write_bytes(b"")),
+    ("unreadable", "error", "t1.jpg: the file is empty", lambda r: image(r, "t1").write_bytes(b"")),
+    (
+        "unreadable",
+        "error",
+        "t1.jpg: it is in none of the formats AVIF",  # Pillow has it, training does not
+        lambda r: Image.new("RGB", (64, 48)).save(image(r, "t1"), "TGA"),
+    ),
+    (
+        "unreadable",
+        "error",
+        "t1.jpg: its pixels have values from -1 to -1",
+        lambda r: Image.new("F", (64, 48), -1.0).save(image(r, "t1"), "TIFF"),
+    ),
     ("unreadable", "error", "t1.jpg: image file is trunc", lambda r: truncate(image(r, "t1"))),
     ("annotation", "error", "t0.xml cannot be read", lambda r: change(r, "t0", "<name>", "<nam>")),
     (

@@ -532,6 +532,33 @@ def test_compiled_prediction():
     assert all(len(found["scores"]) == 0 for found in detector.predict(images, 0.08, 0.6))
 
 
+def test_compiled_training(monkeypatch):
+    """It is compiled for training alone, and is the same training; PyTorch checks its backends."""
+    calls = []
+
+    def compiled(function):
+        calls.append("compiled")
+        return compiler(function, backend="eager")
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    images, boxes = torch.rand(2, 3, 64, 64), pad([5, 5, 40, 50, 1]).expand(2, -1, -1)
+    results = []
+    for compile in (False, True):
+        detector = make_fcos().train()
+        detector.compile_network(compile)
+        losses = detector(images, boxes)
+        sum(losses.values()).backward()
+        results.append((losses, detector.backbone.backbone.stem[0].weight.grad, detector))
+    (losses, gradient, plain), (others, other_gradient, detector) = results
+    assert calls == ["compiled"]
+    torch.testing.assert_close(others, losses)
+    torch.testing.assert_close(other_gradient, gradient)
+    assert detector.state_dict().keys() == plain.state_dict().keys()
+    detector.eval()._compiled_network = pytest.fail  # evaluation does without
+    assert len(detector(images[:1])) == 3
+
+
 def test_nothing_found(detector):
     boxes, labels, scores = detector(torch.rand(1, 3, 64, 64), test_score_thresh=1.0)
     assert boxes.shape == (0, 4) and labels.shape == (0,) and scores.shape == (0,)

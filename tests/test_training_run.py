@@ -99,7 +99,14 @@ RECIPES = {
         },
         {"sides": (32, 48)},
     ),
+    "float16": ({"amp": "auto", "max_grad_norm": 1.0}, {}),  # as GPUs without bfloat16 train
 }
+
+
+@pytest.fixture(autouse=True)
+def a_processor_of_float16(monkeypatch):
+    dtypes = {"auto": torch.float16, "off": torch.float32}
+    monkeypatch.setattr("eecs598.optimization.network_dtype", lambda _device, amp: dtypes[amp])
 
 
 def train_toy(folder, small_voc, recipe="plain", *, resume=False, max_iters=20, **run_settings):
@@ -310,6 +317,43 @@ def test_a_signal_ends_the_training_in_good_order(tmp_path, small_voc, monkeypat
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     _, history, _ = train_toy(tmp_path / "run", small_voc, resume=True)
     assert history["iteration"] == list(range(1, 21))
+
+
+def test_the_scale_of_gradients_goes_on_and_steps_that_overflow_are_left_out(tmp_path, small_voc):
+    toy, _, _ = train_toy(tmp_path / "run", small_voc, "float16", max_iters=1)
+    saved = load_checkpoint(tmp_path / "run/checkpoint.pt")["state"]["scaler"]
+    assert saved["scale"] == 2.0**16 and saved["_growth_tracker"] == 1
+    before = {name: value.clone() for name, value in toy.named_parameters()}
+
+    class Steep(Toy):
+        def forward(self, images, gt_boxes=None, **thresholds):
+            losses = super().forward(images, gt_boxes)
+            return {name: 1e35 * loss for name, loss in losses.items()}
+
+    steep = Steep()
+    steep.load_state_dict(toy.state_dict())
+    dataset = VOC2007DetectionTiny(small_voc, "train", image_size=32, classes=("cube", "dice"))
+    loader = DataLoader(dataset, batch_size=2)
+    train_detector(steep, loader, 0.01, max_iters=3, log_period=1, amp="auto", max_grad_norm=1.0)
+    for name, value in steep.named_parameters():
+        assert torch.equal(value, before[name]), name
+
+
+def test_tensorboard(tmp_path, small_voc):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"evaluate": lambda _model: {"mAP": 0.5}, "eval_every": 10, "tensorboard": True}
+    train_toy(tmp_path / "run", small_voc, max_iters=10, **options)
+    _, history, _ = train_toy(tmp_path / "run", small_voc, resume=True, **options)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {"loss", "loss_a", "lr", "mAP"} <= set(events.Tags()["scalars"])
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [
+        (iteration, pytest.approx(loss))
+        for iteration, loss in zip(history["iteration"], history["loss"], strict=True)
+    ]
+    assert [event.step for event in events.Scalars("mAP")] == [10, 20]
 
 
 def test_random_states_come_back(tmp_path):
