@@ -2,8 +2,9 @@
 
 The peer is ``torchvision.models.detection.FCOS`` on the same backbone, pyramid levels and width,
 with heads of as many convolutions; the same images and boxes go into both. The backbones have the
-same weights, which is checked; the heads are each library's own, with random weights. All scores
-are alike then, so that predictions carry as many boxes as they can.
+same weights, which is checked; the heads are each library's own. Their weights are random, and all
+scores just above the threshold: ours keeps every location, 1,029 boxes of an image, torchvision's
+the 1,000 best pairs of location and class of each level. After a training both have fewer.
 """
 
 from __future__ import annotations
