@@ -6,10 +6,11 @@ import itertools
 import json
 
 import pytest
+from evaluations import export, make_evaluation
 
 from benchmarks import ablation, timing
 from benchmarks.average_precision import _by_definition, make_data
-from eecs598.metrics import average_precision
+from eecs598.metrics import average_precision, score_folder
 
 
 def test_both_sides_take_turns_and_the_median_counts(monkeypatch):
@@ -48,6 +49,18 @@ def test_the_table_of_the_ablation_has_what_is_there(tmp_path):
         folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps({"mAP": score}))
     assert ablation.table(tmp_path).splitlines()[2:] == [
-        "| base | 30.0 % |  |",
-        "| GIoU | 32.5, 34.5 % | +3.5 |",
+        "| base | 30.0 % |  |  |",
+        "| GIoU | 32.5, 34.5 % | +3.5 |  |",
     ]
+
+
+def test_a_row_of_one_seed_says_how_far_the_choice_of_images_decides(tmp_path):
+    names = ("base", "flip", "GIoU")
+    for name, drop in zip(names, ((), ("first",), ()), strict=True):
+        folder = export(make_evaluation(tmp_path, drop=drop), ablation._folder(tmp_path, name))
+        (folder / "metrics.json").write_text(json.dumps({"mAP": score_folder(folder)["mAP"]}))
+    rows = [line.split(" | ") for line in ablation.table(tmp_path).splitlines()[3:]]
+    (_, _, difference, interval), same = rows
+    low, high = (float(end) for end in interval.removesuffix(" |").split(" to "))
+    assert low < float(difference) < high <= 0
+    assert same == ["| GIoU", "25.0 %", "+0.0", "+0.0 to +0.0 |"]
