@@ -446,7 +446,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from eecs598.distributed import gather, is_main_process, num_processes, rank
     from eecs598.files import claimed, write_json
     from eecs598.metrics import average_precision, check_class_names
-    from eecs598.optimization import network_dtype
+    from eecs598.optimization import precision_name
     from eecs598.sampling import TrainingSampler
     from eecs598.settings import Settings
     from eecs598.training_run import TrainingRun, ignore_signals
@@ -485,7 +485,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     description["environment"][-1] |= {
         "device": device,
         "processes": num_processes(),
-        "precision": str(network_dtype(torch.device(device), settings.amp)).removeprefix("torch."),
+        "precision": precision_name(device, settings.amp),
     }
     reset_seed(settings.seed)
     checkpoint = out / "checkpoint.pt"

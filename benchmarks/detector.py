@@ -21,7 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 
 from benchmarks.timing import Row, side_by_side
-from eecs598.optimization import mixed_precision, network_dtype
+from eecs598.optimization import mixed_precision, precision_name
 from one_stage_detector import FCOS
 
 BATCH_SIZE, SIDE, NUM_CLASSES, WIDTH, STEM = 16, 224, 20, 128, (128, 128)
@@ -34,7 +34,7 @@ def rows(device: str) -> Iterator[Row]:
     images, gt_boxes = batch(device)
     ours, theirs = make_detector(device), _theirs(device)
     _check_same_pyramid(ours.eval(), theirs.eval(), images[:1])
-    fast_dtype = str(network_dtype(torch.device(device), "auto")).removeprefix("torch.")
+    fast_dtype = precision_name(device, "auto")
     peer = "torchvision FCOS, float32"
     plain = training_step(channels_last(ours).train(), channels_last(images), gt_boxes, "off")
     fast = training_step(ours.train(), channels_last(images), gt_boxes, "auto")

@@ -28,7 +28,7 @@ from benchmarks.nms import random_boxes
 from benchmarks.timing import seconds_of
 from common import nms
 from eecs598.metrics import average_precision
-from eecs598.optimization import network_dtype
+from eecs598.optimization import precision_name
 
 REPETITIONS = 5
 
@@ -90,7 +90,7 @@ def _training(
     """Training steps on batches of some number of images and side; which of both is the size."""
     detector = channels_last(make_detector(device)).train()
     for amp in ("off", "auto"):
-        label = str(network_dtype(torch.device(device), amp)).removeprefix("torch.")
+        label = precision_name(device, amp)
         points = []
         for shape in shapes:
             count, side = shape

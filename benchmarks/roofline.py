@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.detector import BATCH_SIZE, SIDE, batch, channels_last, make_detector, training_step
 from benchmarks.timing import Row, seconds_of, side_by_side
-from eecs598.optimization import network_dtype
+from eecs598.optimization import network_dtype, precision_name
 
 SIZES = (1024, 2048, 4096)
 
@@ -31,9 +31,8 @@ def rows(device: str) -> Iterator[Row]:
         flops = counter.get_total_flops()
         rate = max(_rate(size, dtype, device) for size in SIZES)
         seconds, _ = side_by_side(step, lambda: None)
-        name = str(dtype).removeprefix("torch.")
         yield Row(
-            f"training step, {BATCH_SIZE} images of {SIDE} px, {name}",
+            f"training step, {BATCH_SIZE} images of {SIDE} px, {precision_name(device, amp)}",
             f"its {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s, the best matrix product",
             seconds,
             flops / rate,

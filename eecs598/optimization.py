@@ -14,6 +14,7 @@ __all__ = [
     "make_optimizer",
     "mixed_precision",
     "network_dtype",
+    "precision_name",
     "weight_average",
 ]
 
@@ -96,6 +97,11 @@ def network_dtype(device: torch.device, amp: str) -> torch.dtype:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     bfloat16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def precision_name(device: torch.device | str, amp: str) -> str:
+    """``network_dtype`` as a word, such as "bfloat16"."""
+    return str(network_dtype(torch.device(device), amp)).removeprefix("torch.")
 
 
 def mixed_precision(device: torch.device, amp: str) -> tuple[torch.autocast, torch.amp.GradScaler]:
