@@ -577,15 +577,13 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
 
 def _new_run(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a training before it starts; its folder is made."""
-    import dataclasses
-
     from eecs598.datasets import class_names
     from eecs598.distributed import gather, is_main_process
     from eecs598.environment import describe_environment
-    from eecs598.settings import RECIPES
+    from eecs598.settings import from_recipe
 
     recipe = args.recipe or ("shapes" if args.data is None else "handout")
-    settings = dataclasses.replace(RECIPES[recipe], **_given_settings(args))
+    settings = from_recipe(recipe, **_given_settings(args))
     description = {"recipe": recipe, "settings": settings.to_dict()}
     description["options"] = {**RUN_OPTIONS, **_given(args, RUN_OPTIONS)}
     if is_main_process():

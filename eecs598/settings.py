@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AUGMENTATIONS", "RECIPES", "Settings", "parse_setting"]
+__all__ = ["AUGMENTATIONS", "RECIPES", "Settings", "from_recipe", "parse_setting"]
 
 AUGMENTATIONS = ("flip", "zoom", "iou_crop", "photometric", "mosaic")
 
@@ -199,3 +199,22 @@ RECIPES: dict[str, Settings] = {
         amp="auto",
     ),
 }
+
+
+def from_recipe(name: str, **changed: Any) -> Settings:
+    """A recipe with other values for some settings.
+
+    Another ``image_size`` takes the recipe's ``image_sizes`` along, in steps of 32 px, the coarsest
+    stride: a detector is not good at sizes it was not trained on.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    recipe = RECIPES[name]
+    settings = dataclasses.replace(recipe, **changed)
+    if "image_sizes" in changed or settings.image_size == recipe.image_size:
+        return settings
+    side, factor = settings.image_size, settings.image_size / recipe.image_size
+    steps = (round((size - recipe.image_size) * factor / 32) for size in recipe.image_sizes)
+    sizes = dict.fromkeys(side + 32 * step for step in steps)
+    return dataclasses.replace(settings, image_sizes=tuple(sizes))

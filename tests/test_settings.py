@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from eecs598.settings import RECIPES, Settings, parse_setting
+from eecs598.settings import RECIPES, Settings, from_recipe, parse_setting
 
 
 def test_the_handout_is_the_assignment():
@@ -30,6 +30,24 @@ def test_printed_settings_mark_what_differs():
     assert "* lr                   0.1" in text and "flip,zoom" in text
     assert sum(line.startswith("*") for line in text.splitlines()) == 2
     assert len(text.splitlines()) == len(dataclasses.fields(Settings))
+
+
+@pytest.mark.parametrize(
+    "changed, sizes",
+    [
+        ({}, (96, 128, 160)),
+        ({"lr": 0.1}, (96, 128, 160)),
+        ({"image_size": 256}, (192, 256, 320)),
+        ({"image_size": 100}, (68, 100, 132)),
+        ({"image_size": 48}, (48,)),  # its neighbours are nearer than 32 px
+        ({"image_size": 256, "image_sizes": ()}, ()),
+        ({"image_size": 256, "image_sizes": (96, 128)}, (96, 128)),
+    ],
+)
+def test_another_size_takes_the_sizes_of_the_batches_along(changed, sizes):
+    expected = dataclasses.replace(RECIPES["shapes"], **{**changed, "image_sizes": sizes})
+    assert from_recipe("shapes", **changed) == expected
+    assert from_recipe("handout", image_size=256).image_sizes == ()
 
 
 @pytest.mark.parametrize(
