@@ -179,6 +179,7 @@ RECIPES: dict[str, Settings] = {
         schedule="cosine",
         warmup_iters=100,
         box_loss="giou",
+        head_norm="group",
         augment=("flip", "zoom"),
         amp="auto",
     ),
