@@ -171,7 +171,7 @@ def _check(field: dataclasses.Field, value: Any) -> Any:
 RECIPES: dict[str, Settings] = {
     # Exactly the assignment's model and schedule.
     "handout": Settings(),
-    # Chosen by benchmarks/ablation.py, see RESULTS.md.
+    # RESULTS.md has what benchmarks/ablation.py says of each ingredient.
     "strong": Settings(
         optimizer="adamw",
         lr=5e-4,
