@@ -179,7 +179,6 @@ RECIPES: dict[str, Settings] = {
         schedule="cosine",
         warmup_iters=100,
         box_loss="giou",
-        head_norm="group",
         augment=("flip", "zoom"),
         amp="auto",
     ),
