@@ -24,20 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from common import check_training_batch
-from eecs598.augment import Augmentation
-from eecs598.datasets import load_index
-from eecs598.distributed import (
-    broadcast_buffers,
-    gather,
-    is_main_process,
-    mean_over_processes,
-    num_processes,
-    rank,
-)
-from eecs598.evaluation import Evaluation
-from eecs598.files import replacing
-from eecs598.image_cache import ImageCache
-from eecs598.images import (
+from eecs598.data.augment import Augmentation
+from eecs598.data.image_cache import ImageCache
+from eecs598.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     normalized,
@@ -47,17 +36,28 @@ from eecs598.images import (
     stored_size,
     to_pixels,
 )
-from eecs598.metrics import write_text_format
-from eecs598.optimization import (
+from eecs598.data.index import load_index
+from eecs598.data.sampling import Sample
+from eecs598.data.voc import VOC2007_CLASSES, download_voc2007
+from eecs598.metrics.average_precision import write_text_format
+from eecs598.metrics.evaluation import Evaluation
+from eecs598.runtime.distributed import (
+    broadcast_buffers,
+    gather,
+    is_main_process,
+    mean_over_processes,
+    num_processes,
+    rank,
+)
+from eecs598.runtime.files import replacing
+from eecs598.training.optimization import (
     learning_rate_factor,
     make_optimizer,
     mixed_precision,
     weight_average,
 )
-from eecs598.sampling import Sample
-from eecs598.training_run import TrainingRun, ignore_signals
+from eecs598.training.run import TrainingRun, ignore_signals
 from eecs598.utils import detection_visualizer, in_notebook_or_window
-from eecs598.voc import VOC2007_CLASSES, download_voc2007
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -98,7 +98,7 @@ class VOC2007DetectionTiny(Dataset):
 
     Args:
         dataset_dir: folder with ``VOCdevkit/VOC2007``, or itself in VOC layout, or with the JSON
-            of COCO (``eecs598.coco.candidates`` says where).
+            of COCO (``eecs598.data.coco.candidates`` says where).
         split: ``"train"``, ``"val"`` or any other list in ``ImageSets/Main``.
         download: fetch the devkit into ``dataset_dir`` unless it is there.
         image_size: shorter side in pixels.
@@ -199,7 +199,7 @@ class AugmentedTrainingSet(Dataset):
 
     Args:
         dataset: where the images come from.
-        augment: names of augmentations, see ``eecs598.augment.Augmentation``; without one, the
+        augment: names of augmentations, see ``eecs598.data.augment.Augmentation``; without one, the
             items are those of the data set.
         cache: keep the decoded images in memory, shared by the workers of a loader. What comes as
             the data set's own items is a matter of the data set's cache.
@@ -708,7 +708,7 @@ def evaluate_detector(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
-    """Detect in all images of a data set: what ``eecs598.analysis`` and the report start from.
+    """Detect in all images of a data set: what ``eecs598.report`` starts from.
 
     Where there are several processes, each detects in its share and all get the whole.
 

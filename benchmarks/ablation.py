@@ -19,8 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eecs598.metrics import read_text_format
-from eecs598.uncertainty import bootstrap_difference
+from eecs598.metrics.average_precision import read_text_format
+from eecs598.metrics.bootstrap import bootstrap_difference
 
 ADAMW = ["--optimizer", "adamw", "--lr", "5e-4", "--weight-decay", "0.05"]
 # The row "AdamW and GIoU" without pretraining. SGD at 8e-3 ends in NaN from there.

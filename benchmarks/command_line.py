@@ -15,6 +15,6 @@ def rows(device: str) -> Iterator[Row]:
     def run(*arguments: str):
         return lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
 
-    script = "from fcos import main; main(['--help'])"  # what the installed command does
+    script = "from fcos.cli import main; main(['--help'])"  # what the installed command does
     times = side_by_side(run("-c", script), run("-c", "pass"), 25)
     yield Row("fcos --help", "python -c pass", *times, 5.0)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eecs598.evaluation import Evaluation, image_names
-from eecs598.metrics import write_text_format
+from eecs598.metrics.average_precision import write_text_format
+from eecs598.metrics.evaluation import Evaluation, image_names
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
 # One detection of each kind.

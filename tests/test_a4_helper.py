@@ -18,8 +18,8 @@ from a4_helper import (
     train_detector,
     unnormalize,
 )
-from eecs598.metrics import score_folder
-from eecs598.voc import build_index
+from eecs598.data.voc import build_index
+from eecs598.metrics.average_precision import score_folder
 
 CLASSES = ("cube", "dice")
 

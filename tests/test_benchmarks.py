@@ -6,11 +6,11 @@ import itertools
 import json
 
 import pytest
-from evaluations import export, make_evaluation
 
 from benchmarks import ablation, timing
 from benchmarks.average_precision import _by_definition, make_data
-from eecs598.metrics import average_precision, score_folder
+from eecs598.metrics.average_precision import average_precision, score_folder
+from tests.evaluations import export, make_evaluation
 
 
 def test_both_sides_take_turns_and_the_median_counts(monkeypatch):

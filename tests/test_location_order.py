@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import get_fpn_location_coords
-from eecs598.metrics import average_precision
+from eecs598.metrics.average_precision import average_precision
 from one_stage_detector import FCOS
 
 

@@ -17,9 +17,9 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-from eecs598.settings import RECIPES
-from eecs598.shapes import CLASSES, write_shapes
-from eecs598.voc import VOC2007_CLASSES, class_names
+from eecs598.data.shapes import CLASSES, write_shapes
+from eecs598.data.voc import VOC2007_CLASSES, class_names
+from eecs598.training.settings import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "one_stage_detector.ipynb"

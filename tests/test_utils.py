@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from eecs598 import reset_seed
-from eecs598.checkpoint import load_checkpoint, save_checkpoint
-from eecs598.files import replacing
 from eecs598.grad import compute_numeric_gradient, rel_error
+from eecs598.runtime.files import replacing
+from eecs598.training.checkpoint import load_checkpoint, save_checkpoint
 from eecs598.utils import contact_sheet, detection_visualizer, tensor_to_image
 
 

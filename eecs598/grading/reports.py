@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eecs598.grading.isolation import LAYERS
 from eecs598.grading.rubric import Grade, GradedItem
-from eecs598.grading.runner import Graded
+from eecs598.grading.sandbox.isolation import LAYERS
+from eecs598.grading.sandbox.runner import Graded
 
 __all__ = ["Report", "format_table", "format_text", "to_dict", "to_gradescope"]
 

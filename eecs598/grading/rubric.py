@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eecs598.grading import CHECKS, CheckResult, labels_of
+from eecs598.grading.checks.registry import CHECKS, labels_of
+from eecs598.grading.result import CheckResult
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,0 +1,270 @@
+"""Image files of any kind, as a detector gets to see them.
+
+What a file shows is decided here once: upright, in RGB with 8 bits a channel, transparency on
+white; and so is what becomes of it on the way into the network: its size and the normalisation.
+
+    from eecs598.data import find_images, normalized, read_image, resize_shorter_side, to_pixels
+
+    for path in find_images(["photos", "more/**/*.png"]):
+        image = read_image(path)
+        pixels = normalized(resize_shorter_side(to_pixels(image), 224))  # (3, H, W)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "ImageFiles",
+    "LoadedImage",
+    "find_images",
+    "normalized",
+    "read_image",
+    "resize_shorter_side",
+    "resized_size",
+    "stored_size",
+    "to_pixels",
+]
+
+# Statistics of the images that the pretrained backbones were trained on.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What is opened, whatever the name of the file says. Not all that Pillow knows: some formats are
+# programs (EPS is handed to Ghostscript), and files come from anywhere.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+# A telephone writes it, Pillow can't read it: better named as unreadable than passed over.
+_UNREADABLE_SUFFIXES = frozenset({".heic", ".heif"})
+
+# Longer side against shorter side. With the shorter one resized to 224 px, an image of 1 by 5,000
+# px would ask for more memory than there is.
+MAX_ASPECT = 50
+
+# Pillow refuses images above 179 megapixels, since a small file can unpack to any size. It also
+# warns above 89, which is an ordinary photograph by now.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def find_images(sources: Sequence[str | os.PathLike]) -> list[Path]:
+    """The image files that are meant by files, folders and patterns.
+
+    A folder stands for the image files in it, sorted by name, without those in its subfolders; a
+    pattern such as ``photos/**/*.jpg`` for those that match it, ``**`` meaning any depth. Image
+    files are told by their suffix there, and names that begin with a dot are passed over. A file
+    is taken as it is. Whatever exists under the very name that is given is no pattern.
+
+    Returns:
+        Every file once, in the order of the sources.
+
+    Raises:
+        ValueError: a source that is not there, or that holds no image.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            paths = [path / name for name in os.listdir(path) if not name.startswith(".")]
+        elif os.path.lexists(path):
+            paths = []
+            found.setdefault(os.path.abspath(path), path)
+            continue
+        else:
+            paths = [Path(match) for match in glob.glob(str(source), recursive=True)]
+            if not paths:
+                raise ValueError(
+                    f"{source}: no such file or folder, and as a pattern it matches nothing."
+                )
+        images = [p for p in paths if p.suffix.lower() in _suffixes() and not p.is_dir()]
+        if not images:
+            raise ValueError(
+                f"{source}: no image among {len(paths)} files and folders. Image files end in "
+                f"{' '.join(sorted(_suffixes()))}; those in subfolders are named by a pattern, "
+                f"such as '{path if path.is_dir() else '.'}/**/*.jpg'."
+            )
+        for image in sorted(images):
+            found.setdefault(os.path.abspath(image), image)
+    return list(found.values())
+
+
+def _suffixes() -> frozenset[str]:
+    known = Image.registered_extensions()
+    return _UNREADABLE_SUFFIXES.union(s for s, format_ in known.items() if format_ in FORMATS)
+
+
+def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
+    """Read a file as an RGB image with 8 bits a channel.
+
+    Transparent parts are laid on white. 16 bits are scaled by their full range, whatever part of
+    it the image uses; floating-point pixels by the range 0..1 or 0..255 that they lie in. Of an
+    animation it is the first frame. Colour profiles are not applied, neither to RGB nor to CMYK.
+
+    Args:
+        path: of the file.
+        upright: turn the image as its EXIF orientation says, as every viewer does. Boxes of a
+            data set may be those of the pixels as they are stored.
+
+    Raises:
+        ValueError: the file can't be read, the image is too large, or its pixels have no known
+            range. The message names the file and the reason.
+    """
+    with _opened(path) as image:
+        image.load()
+        return _to_rgb(_turned_upright(image) if upright else image)
+
+
+def stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of the pixels in an image file, of which only the head is read.
+
+    Raises:
+        ValueError: as ``read_image``.
+    """
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    Image.init()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            yield image
+    except Exception as error:  # damaged files raise whatever the decoder ran into
+        raise ValueError(f"{path} can't be read as an image: {_reason(path, error)}") from error
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        if not os.path.getsize(path):
+            return "the file is empty."
+        return f"it is in none of the formats {', '.join(FORMATS)}."
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
+        return f"it has more than {limit} megapixels, or claims so; make it smaller first."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}."
+    return f"{str(error) or type(error).__name__}".rstrip(".") + "."
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data, which is no reason to give the pixels up
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        if image.mode == "La":  # Pillow has no direct way
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) of more than 8 bits, scaled to uint8."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        scale = 255 if high <= 1 else 1
+        in_range = low >= 0 and high <= 255  # False for NaN
+    else:
+        scale = 255 / 65535
+        in_range = low >= 0 and high <= 65535
+    if not in_range:
+        raise ValueError(
+            f"its pixels have values from {low:g} to {high:g}, and what is white among them is "
+            "not known; convert it to 8 or 16 bits first"
+        )
+    return (values * scale).round().astype(np.uint8)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as ``(3, H, W)`` uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width with a shorter side of ``side`` pixels, in the same proportion."""
+    shorter = min(height, width)
+    return height * side // shorter, width * side // shorter
+
+
+def resize_shorter_side(pixels: Tensor, side: int) -> Tensor:
+    """Resize an image ``(3, H, W)`` in uint8 so that its shorter side has ``side`` pixels.
+
+    Bilinear over the area that a pixel stands for, as Pillow does it; the values differ from
+    Pillow's by 1 of 255 at the most.
+    """
+    # On uint8, PyTorch uses the processor's vector instructions; Pillow does not.
+    return TF.resize(pixels, list(resized_size(*pixels.shape[1:], side)), antialias=True)
+
+
+_SCALE = 1 / (255 * torch.tensor(IMAGENET_STD)[:, None, None])
+_SHIFT = -torch.tensor(IMAGENET_MEAN)[:, None, None] / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """An image ``(3, H, W)`` in uint8 as float32, normalised with ImageNet's mean and deviation."""
+    values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.mul_(_SCALE).add_(_SHIFT)
+
+
+class LoadedImage(NamedTuple):
+    """One image file, or what is wrong with it."""
+
+    path: Path
+    pixels: Tensor | None = None  # (3, H, W), resized and normalised
+    width: int = 0  # of the upright original
+    height: int = 0
+    error: str | None = None
+
+
+class ImageFiles(Dataset):
+    """Image files, prepared for a detector as in evaluation; a broken one ends nothing.
+
+    Args:
+        paths: of the files.
+        image_size: the shorter side is resized to it.
+    """
+
+    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
+        super().__init__()
+        self.paths, self.image_size = list(paths), image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> LoadedImage:
+        """Load one file; where that fails, ``error`` says why, and ``pixels`` is None."""
+        path = self.paths[index]
+        try:
+            image = read_image(path)
+            width, height = image.size
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(
+                    f"{path} has {width} x {height} pixels, one side more than {MAX_ASPECT} times "
+                    "as long as the other; cut it into pieces."
+                )
+            pixels = normalized(resize_shorter_side(to_pixels(image), self.image_size))
+        except (ValueError, MemoryError) as error:
+            return LoadedImage(path, error=str(error) or f"{path} does not fit into memory.")
+        return LoadedImage(path, pixels, width, height)

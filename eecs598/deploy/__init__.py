@@ -1,0 +1,1 @@
+"""A trained detector at work: any image file to boxes."""

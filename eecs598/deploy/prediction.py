@@ -1,0 +1,200 @@
+"""Detections in image files: in the pixels of the originals, as pictures and as JSON.
+
+Symbols: B images, K detections.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
+
+from eecs598.data.images import LoadedImage
+from eecs598.runtime.files import replacing
+
+__all__ = ["class_color", "detect", "draw_detections", "picture_names", "to_json", "write_picture"]
+
+Detections = dict[str, Tensor]
+
+# Pictures of fewer pixels are enlarged, since no label would fit into them.
+MIN_PICTURE_SIDE = 480
+JPEG_MAX_SIDE = 65_500
+
+
+def detect(
+    predict: Callable[[Tensor], Sequence[Mapping[str, Tensor]]],
+    batches: Iterable[Sequence[LoadedImage]],
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[LoadedImage, Detections | None]]:
+    """Run a detector over loaded images; those of one size within a batch together.
+
+    Args:
+        predict: maps images ``(B, 3, H, W)`` to a mapping each: ``boxes (K, 4)`` in their pixels,
+            ``labels (K,)`` and ``scores (K,)``.
+        batches: of ``ImageFiles``.
+        device: of the detector.
+
+    Yields:
+        Each image in its order, without its pixels; its detections on the CPU with boxes in pixels
+        of the original, clipped to it, or None where it could not be read.
+    """
+    for batch in batches:
+        same_size: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(batch):
+            if image.pixels is not None:
+                same_size.setdefault(image.pixels.shape, []).append(number)
+        found: dict[int, Detections] = {}
+        for numbers in same_size.values():
+            pixels = torch.stack([batch[number].pixels for number in numbers]).to(device)
+            for number, detections in zip(numbers, predict(pixels), strict=True):
+                found[number] = _in_original(detections, batch[number])
+        for number, image in enumerate(batch):
+            yield image._replace(pixels=None), found.get(number)
+
+
+def _in_original(detections: Mapping[str, Tensor], image: LoadedImage) -> Detections:
+    height, width = image.pixels.shape[-2:]
+    x, y = image.width / width, image.height / height
+    boxes = detections["boxes"].cpu() * torch.tensor([x, y, x, y])
+    boxes = clip_boxes_to_image(boxes, (image.height, image.width))
+    return {
+        "boxes": boxes,
+        "labels": detections["labels"].cpu(),
+        "scores": detections["scores"].cpu(),
+    }
+
+
+def to_json(
+    image: LoadedImage, detections: Detections, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """What is known of an image as plain numbers; detections keep their order.
+
+    Boxes are rounded to a hundredth of a pixel, scores to six digits.
+    """
+    return {
+        "path": str(image.path),
+        "width": image.width,
+        "height": image.height,
+        "detections": [
+            {
+                "box": [round(value, 2) for value in box],
+                "label": class_names[label],
+                "class_id": label,
+                "score": round(score, 6),
+            }
+            for box, label, score in zip(
+                *(detections[key].tolist() for key in ("boxes", "labels", "scores")), strict=True
+            )
+        ],
+    }
+
+
+def picture_names(paths: Sequence[Path]) -> list[str]:
+    """A file name for the picture of each image, no two alike: NAME.jpg, NAME-2.jpg, ...
+
+    Names differ in more than upper and lower case, are valid Unicode and not too long, whatever
+    those of the images are.
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        stem = os.fsencode(path.stem)[:180].decode(errors="ignore") or "image"
+        name, number = f"{stem}.jpg", 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}.jpg"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def write_picture(
+    image: Image.Image, detections: Detections, class_names: Sequence[str], path: str | os.PathLike
+) -> None:
+    """Draw detections and save the picture."""
+    picture = draw_detections(image, detections, class_names)
+    # JPEG knows no longer sides. Whatever shows the file goes by its content, not by its name.
+    format_ = "JPEG" if max(picture.size) <= JPEG_MAX_SIDE else "PNG"
+    with replacing(path) as unfinished:
+        picture.save(unfinished, format=format_, quality=92)
+
+
+def draw_detections(
+    image: Image.Image, detections: Mapping[str, Tensor], class_names: Sequence[str]
+) -> Image.Image:
+    """Draw boxes with class and score onto a copy of an image.
+
+    Lines and letters grow with the image. One whose longer side is below 480 px is enlarged by a
+    whole factor first.
+
+    Args:
+        image: RGB.
+        detections: ``boxes (K, 4)`` in its pixels, ``labels (K,)``, ``scores (K,)``.
+        class_names: ``class_names[label]`` names a label.
+    """
+    factor = math.ceil(MIN_PICTURE_SIDE / max(image.size))
+    size = (factor * image.width, factor * image.height)
+    picture = image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.copy()
+    pen = ImageDraw.Draw(picture)
+    line = max(2, round(max(size) / 250))
+    font = _font(max(12, round(max(size) / 50)))
+    # The best come last, so that no label hides theirs.
+    for k in detections["scores"].argsort().tolist():
+        box = [factor * value for value in detections["boxes"][k].tolist()]
+        color = class_color(int(detections["labels"][k]))
+        text = f"{class_names[detections['labels'][k]]} {detections['scores'][k]:.2f}"
+        _draw_box(pen, box, color, line)
+        _draw_label(pen, box, text, color, font, line)
+    return picture
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """The colour of a class, RGB in 0..255; always the same, and unlike those of its neighbours."""
+    # Steps of the golden ratio keep any number of hues apart; the brightness changes, too.
+    hue = (0.02 + 0.618034 * label) % 1
+    saturation, value = ((0.9, 0.95), (0.55, 1.0), (0.8, 0.8))[label % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # Pillow's own font has Latin letters alone; this one comes with matplotlib and has more.
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _draw_box(
+    pen: ImageDraw.ImageDraw, box: list[float], color: tuple[int, int, int], line: int
+) -> None:
+    x1, y1, x2, y2 = box
+    # The last column of the box is x2 - 1; a dark rim sets the colour off from any background.
+    corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
+    pen.rectangle(corners, outline=(0, 0, 0), width=line + max(1, line // 3))
+    pen.rectangle(corners, outline=color, width=line)
+
+
+def _draw_label(
+    pen: ImageDraw.ImageDraw,
+    box: list[float],
+    text: str,
+    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+    line: int,
+) -> None:
+    """On top of the box, or inside it where the image ends there."""
+    width = font.getlength(text) + 2 * line
+    height = sum(font.getmetrics()) + line
+    left = max(0, min(box[0], pen.im.size[0] - width))
+    top = box[1] - height if box[1] >= height else box[1]
+    pen.rectangle((left, top, left + width, top + height), fill=color)
+    red, green, blue = color
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+    pen.text((left + line, top + line / 2), text, fill="black" if bright else "white", font=font)

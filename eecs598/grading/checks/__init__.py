@@ -1,0 +1,1 @@
+"""The assignment's checks, a file for each part of it."""

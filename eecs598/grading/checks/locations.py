@@ -1,0 +1,206 @@
+"""Checks of the locations: their coordinates, and their order beside that of the predictions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from eecs598.grad import rel_error
+from eecs598.grading.answers import plain
+from eecs598.grading.checks.network import convolutions
+from eecs598.grading.checks.reference import STRIDES
+from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
+from eecs598.grading.submission import Submission, build, evaluating
+
+__all__ = [
+    "ADVICE",
+    "check_location_coords",
+    "check_location_order",
+    "expect_local_gradients",
+    "expect_responses_in_place",
+    "find_cell",
+]
+
+ADVICE = "Flatten the head's maps in the order of get_fpn_location_coords"
+
+
+def check_location_coords(submission: Submission) -> CheckResult:
+    """``get_fpn_location_coords``: the assignment's cell, maps that are not square, dtype."""
+    result = CheckResult("location_coords")
+
+    def coords(level: str, height: int, width: int, **options: object) -> Tensor:
+        # All levels, whichever is looked at: the names of the three may be written into the code.
+        shapes = {name: (2, 64, height, width) for name in STRIDES}
+        return submission.common.get_fpn_location_coords(shapes, STRIDES, **options)[level]
+
+    with result.probe("first five of each level, relative error 0"):
+        for level, stride in STRIDES.items():
+            side = 224 // stride
+            expected = torch.tensor([[stride / 2, stride * (n + 0.5)] for n in range(5)])
+            got = coords(level, side, side)
+            shape = (side * side, 2)
+            expect(
+                tuple(got.shape) == shape,
+                f"{level} of shape (2, 64, {side}, {side}): expected {shape}, got {show(got)}",
+            )
+            expect_close(f"first five of {level}, stride {stride}", got[:5], expected)
+            expect(rel_error(expected, got[:5]) == 0, f"{level}: expected relative error 0")
+
+    with result.probe("x spans the width, y the height"):
+        for level, height, width in (("p3", 2, 3), ("p4", 5, 2), ("p5", 1, 4)):
+            stride = STRIDES[level]
+            got = {tuple(row) for row in coords(level, height, width).tolist()}
+            expected = {
+                (stride * (j + 0.5), stride * (i + 0.5))
+                for i in range(height)
+                for j in range(width)
+            }
+            missing, extra = sorted(expected - got), sorted(got - expected)
+            expect(
+                got == expected,
+                f"{level}, H={height}, W={width}, stride {stride}: expected location "
+                f"{show(missing[0] if missing else None)}, which is missing, got "
+                f"{show(extra[0] if extra else None)}, which does not exist",
+            )
+
+    with result.probe("each location once"):
+        got = coords("p3", 3, 5)
+        different = len({tuple(row) for row in got.tolist()})
+        expect(
+            len(got) == different == 15,
+            f"H=3, W=5: expected 15 different locations, got {different} among {len(got)}",
+        )
+
+    with result.probe("dtype"):
+        for dtype in (torch.float32, torch.float64):
+            got = coords("p3", 3, 5, dtype=dtype, device="cpu").dtype
+            expect(got == dtype, f"dtype={dtype}: expected that dtype, got {got}")
+        got = coords("p3", 3, 5).dtype
+        expect(got == torch.float32, f"no dtype given: expected torch.float32, got {got}")
+    return result
+
+
+def _cells(locations: Tensor) -> Tensor:
+    """Row and column ``(N, 2)`` of each location, from the rank of its coordinates.
+
+    By rank, so that the order of locations is judged alone: coordinates that are off by half a
+    stride still name the right cell.
+    """
+    columns = locations[:, 0].unique(return_inverse=True)[1]
+    rows = locations[:, 1].unique(return_inverse=True)[1]
+    return torch.stack([rows, columns], dim=1)
+
+
+def find_cell(locations: Tensor, row: int, column: int) -> int:
+    """Index of the location of a cell."""
+    found = (_cells(locations) == torch.tensor([row, column])).all(dim=1).nonzero()
+    if len(found) != 1:
+        raise Wrong(
+            f"get_fpn_location_coords: expected one location at row {row}, column {column} of a "
+            f"map, got {len(found)}"
+        )
+    return int(found[0])
+
+
+def check_location_order(submission: Submission) -> CheckResult:
+    """Prediction n and location n must mean the same place, in whatever order.
+
+    The head flattens its maps and ``get_fpn_location_coords`` lists the locations. Where one goes
+    row by row and the other column by column, each location is paired with the prediction of
+    another place. Such a detector trains, and ends at half of the accuracy.
+    """
+    result = CheckResult("location_order")
+
+    for height, width in ((3, 5), (5, 3), (4, 4)):
+        with result.probe(f"a feature at one cell of a {height} x {width} map"):
+            expect_responses_in_place(submission, height, width)
+
+    detector = once(submission.detector)
+    for height, width in ((64, 224), (224, 64)):
+        with result.probe(f"image gradients of predictions, image {height} x {width}"):
+            expect_local_gradients(submission, evaluating(detector()), height, width)
+    return result
+
+
+@torch.no_grad()
+def expect_responses_in_place(submission: Submission, height: int, width: int) -> None:
+    """A feature at one cell must show in the prediction that belongs to the cell's location."""
+    model = build(
+        submission.one_stage_detector.FCOSPredictionNetwork,
+        num_classes=2,
+        in_channels=1,
+        stem_channels=[2],
+    )
+    evaluating(model)
+    for conv in convolutions(model):
+        # Nothing but the centre of each kernel, so that a cell does not reach its neighbours.
+        middle = conv.kernel_size[0] // 2
+        conv.weight.zero_()
+        conv.weight[:, :, middle, middle] = 1.0
+    shapes = {level: (1, 1, height, width) for level in STRIDES}
+    locations = submission.common.get_fpn_location_coords(shapes, STRIDES)["p3"]
+    feats = torch.eye(height * width).view(-1, 1, height, width)  # one cell an image
+    silent, responses = (
+        plain(model({level: maps for level in STRIDES}))
+        for maps in (torch.zeros_like(feats), feats)
+    )
+    for name, before, after in zip(
+        ("class logits", "deltas", "centerness logits"), silent, responses, strict=True
+    ):
+        strongest = (after["p3"] - before["p3"]).abs().sum(dim=-1).argmax(dim=1)
+        for cell, got in enumerate(strongest.tolist()):
+            row, column = divmod(cell, width)
+            expected = find_cell(locations, row, column)
+            expect(
+                got == expected,
+                f"feature at row {row}, column {column} (H={height}, W={width}): expected its "
+                f"{name} at index {expected}, that of its location {show(locations[expected])}, "
+                f"got index {got}. {ADVICE}",
+            )
+
+
+def expect_local_gradients(
+    submission: Submission, detector: nn.Module, height: int, width: int
+) -> None:
+    """What in the image a prediction looks at must lie around its location."""
+    images = torch.randn(1, 3, height, width, requires_grad=True)
+    feats = plain(detector.backbone(images))
+    predictions = plain(detector.pred_net(feats))
+    all_locations = submission.common.get_fpn_location_coords(
+        {level: feat.shape for level, feat in feats.items()}, plain(detector.backbone.fpn_strides)
+    )
+    for level, locations in all_locations.items():
+        elsewhere = _in_the_other_order(locations)
+        apart = (locations - elsewhere).norm(dim=1)
+        n = int(apart.argmax())
+        total = sum(values[level][0, n].sum() for values in predictions)
+        (gradient,) = torch.autograd.grad(total, images, retain_graph=True)
+        x, y = _center(gradient[0])
+        center = torch.tensor([x, y])
+        near, far = (center - locations[n]).norm(), (center - elsewhere[n]).norm()
+        expect(
+            bool(near < far),
+            f"{level}, prediction {n}: expected it to depend on the image around its location "
+            f"{show(locations[n])}, got a gradient centred at ({x:.0f}, {y:.0f}), nearer to "
+            f"{show(elsewhere[n])}. {ADVICE}",
+        )
+
+
+def _center(gradient: Tensor) -> tuple[float, float]:
+    """Centre (x, y) of an image gradient (3, H, W), weighted with its squared magnitude."""
+    weights = gradient.double().square().sum(dim=0)
+    expect(bool(weights.sum() > 0), "expected an image gradient, got 0 everywhere")
+    weights /= weights.sum()
+    height, width = weights.shape
+    x = (weights.sum(dim=0) * (torch.arange(width) + 0.5)).sum().item()
+    y = (weights.sum(dim=1) * (torch.arange(height) + 0.5)).sum().item()
+    return x, y
+
+
+def _in_the_other_order(locations: Tensor) -> Tensor:
+    """Where each location (N, 2) would lie if columns and rows were traversed the other way."""
+    rows, columns = _cells(locations).unbind(dim=1)
+    num_rows, num_columns = int(rows.max()) + 1, int(columns.max()) + 1
+    by_columns = locations[(columns * num_rows + rows).argsort()]
+    by_rows = locations[(rows * num_columns + columns).argsort()]
+    return by_rows if torch.equal(locations, by_columns) else by_columns

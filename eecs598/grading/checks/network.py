@@ -1,0 +1,341 @@
+"""Checks of the network's parts: backbone with feature pyramid, and head."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+
+from eecs598.grading.answers import plain
+from eecs598.grading.checks.reference import STRIDES
+from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
+from eecs598.grading.submission import Submission, build, evaluating
+
+__all__ = [
+    "build_backbone",
+    "check_backbone",
+    "check_head",
+    "check_hello",
+    "convolutions",
+    "with_random_weights",
+]
+
+
+def check_hello(submission: Submission) -> CheckResult:
+    """The three functions that greet the notebook."""
+    result = CheckResult("hello")
+    for function, line, module in (
+        ("hello_common", "Hello from common.py!", submission.common),
+        (
+            "hello_one_stage_detector",
+            "Hello from one_stage_detector.py!",
+            submission.one_stage_detector,
+        ),
+        ("hello_helper", "Hello from a4_helper.py!", submission.a4_helper),
+    ):
+        with result.probe(function):
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                getattr(module, function)()
+            got = printed.getvalue().strip()
+            expect(got == line, f"expected it to print {line!r}, got {show(got)}")
+    return result
+
+
+def check_backbone(submission: Submission) -> CheckResult:
+    """``DetectorBackboneWithFPN``: its layers, shapes and top-down pathway, and its building."""
+    result = CheckResult("backbone")
+    channels = 24
+    built = once(lambda: build_backbone(submission, channels))
+
+    def backbone() -> nn.Module:
+        return built()[0]
+
+    @torch.no_grad()
+    def run(height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        images, stages = torch.randn(1, 3, height, width), {}
+
+        def note(_module: nn.Module, _inputs: object, output: dict[str, Tensor]) -> None:
+            stages.update(plain(output))
+
+        handle = backbone().backbone.register_forward_hook(note)
+        try:
+            levels = plain(backbone()(images))
+        finally:
+            handle.remove()
+        return stages or plain(backbone().backbone(images)), levels
+
+    with result.probe("fpn_strides and out_channels"):
+        strides = dict(plain(backbone().fpn_strides))
+        expect(strides == STRIDES, f"fpn_strides: expected {STRIDES}, got {strides}")
+        got = plain(backbone().out_channels)
+        expect(got == channels, f"out_channels=24: expected the attribute to be 24, got {got}")
+
+    with result.probe("fpn_params has three 1x1 and three 3x3 convolutions"):
+        layers = convolutions(backbone().fpn_params)
+        sizes = plain([(conv.kernel_size, conv.out_channels) for conv in layers])
+        for side, role in ((1, "lateral"), (3, "output")):
+            number = sizes.count(((side, side), channels))
+            expect(
+                number == 3,
+                f"out_channels={channels}: expected three {side}x{side} {role} convolutions with "
+                f"{channels} output channels, got {number} among {sizes}",
+            )
+
+    for height, width in ((224, 224), (97, 130), (72, 200)):
+        with result.probe(f"shapes at {height} x {width}"):
+            stages, levels = run(height, width)
+            expect(
+                sorted(levels) == sorted(STRIDES),
+                f"expected the levels {list(STRIDES)}, got {show(list(levels))}",
+            )
+            for level, stride in STRIDES.items():
+                shape = (1, channels, math.ceil(height / stride), math.ceil(width / stride))
+                stage_shape = tuple(stages[f"c{level[1]}"].shape)
+                got = tuple(levels[level].shape)
+                expect(
+                    got == shape,
+                    f"{level} of an image (1, 3, {height}, {width}): expected {shape}, got {got} "
+                    f"(the backbone's c{level[1]} is {stage_shape})",
+                )
+
+    with result.probe("top-down pathway of the FPN paper, figure 3"):
+        stages, levels = run(64, 128)
+        _expect_top_down(backbone().fpn_params, stages, levels)
+
+    with result.probe("building leaves the batch-norm statistics alone"):
+        disturbed = built()[1]
+        expect(
+            disturbed == 0,
+            "expected no batch-norm layer to run in training mode while the backbone is built, got "
+            f"{disturbed}: that moves their statistics. Call eval() before the dummy pass",
+        )
+    return result
+
+
+def build_backbone(submission: Submission, out_channels: int) -> tuple[nn.Module, int]:
+    """A backbone in evaluation mode, and how often a batch norm ran in training mode meanwhile."""
+    disturbed = []
+
+    def note_training(module: nn.Module, _inputs: object, _output: object) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            disturbed.append(module)
+
+    handle = register_module_forward_hook(note_training)
+    try:
+        model = build(submission.common.DetectorBackboneWithFPN, out_channels=out_channels)
+    finally:
+        handle.remove()
+    return evaluating(model), len(disturbed)
+
+
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    """All two-dimensional convolutions inside a module, in its own order."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+@torch.no_grad()
+def _expect_top_down(
+    fpn_params: nn.Module, stages: Mapping[str, Tensor], levels: Mapping[str, Tensor]
+) -> None:
+    layers = convolutions(fpn_params)
+    outputs = [conv for conv in layers if plain(conv.kernel_size) == (3, 3)]
+    merged: Tensor | None = None
+    for stage, above in (("c5", None), ("c4", "p5"), ("c3", "p4")):
+        feats, level = stages[stage], levels[f"p{stage[1]}"]
+        laterals = [
+            conv
+            for conv in layers
+            if plain((conv.kernel_size, conv.in_channels)) == ((1, 1), feats.shape[1])
+        ]
+        expect(
+            len(laterals) == 1,
+            f"expected one 1x1 convolution with the {feats.shape[1]} input channels of {stage}, "
+            f"got {len(laterals)}",
+        )
+
+        def upsampled(maps: Tensor, mode: str = "nearest", like: Tensor = feats) -> Tensor:
+            return F.interpolate(maps, size=like.shape[-2:], mode=mode)
+
+        def is_output_of(maps: Tensor, level: Tensor = level) -> bool:
+            # Names are free, so the level may come from any of the 3x3 convolutions.
+            got = [plain(conv(maps)) for conv in outputs]
+            return any(torch.allclose(one, level, rtol=1e-3, atol=1e-4) for one in got)
+
+        lateral = plain(laterals[0](feats))
+        wrong = {f"conv3x3(conv1x1({stage})), nothing from above": lateral}
+        rule = f"conv3x3(conv1x1({stage}))"
+        if merged is None:
+            wrong, merged = {}, lateral
+        else:
+            name = f"the sum that {above} is computed from"
+            rule = f"conv3x3(conv1x1({stage}) + {name}, upsampled to its size)"
+            wrong["it added after upsampling it bilinearly"] = lateral + upsampled(
+                merged, "bilinear"
+            )
+            wrong[f"the finished {above}, after its 3x3 convolution, added"] = lateral + upsampled(
+                levels[above]
+            )
+            merged = lateral + upsampled(merged)
+        got = next((name for name, maps in wrong.items() if is_output_of(maps)), "other values")
+        expect(is_output_of(merged), f"p{stage[1]}: expected {rule}, got {got}")
+
+
+def check_head(submission: Submission) -> CheckResult:
+    """``FCOSPredictionNetwork``: its layers, their initial values, shapes and data flow."""
+    result = CheckResult("head")
+
+    @cache
+    def head(num_classes: int, in_channels: int, stem: tuple[int, ...]) -> nn.Module:
+        return build(
+            submission.one_stage_detector.FCOSPredictionNetwork,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            stem_channels=list(stem),
+        )
+
+    settings = ((20, 64, (64, 64)), (1, 16, (24,)), (5, 32, (48, 40, 32)))
+
+    def describe(num_classes: int, in_channels: int, stem: tuple[int, ...]) -> str:
+        return f"num_classes={num_classes}, in_channels={in_channels}, stem_channels={list(stem)}"
+
+    with result.probe("3x3 convolutions of the right sizes"):
+        for setting in settings:
+            num_classes, in_channels, stem = setting
+            model = head(*setting)
+            chain = list(zip((in_channels, *stem), stem, strict=False))
+            for name, sizes in (
+                ("stem_cls", chain),
+                ("stem_box", chain),
+                ("pred_cls", [(stem[-1], num_classes)]),
+                ("pred_box", [(stem[-1], 4)]),
+                ("pred_ctr", [(stem[-1], 1)]),
+            ):
+                layers = convolutions(getattr(model, name))
+                got = plain([(conv.in_channels, conv.out_channels) for conv in layers])
+                what = f"{name} with {describe(*setting)}"
+                expect(got == sizes, f"{what}: expected channels {sizes}, got {got}")
+                kernels = {plain(conv.kernel_size) for conv in layers}
+                expect(kernels == {(3, 3)}, f"{what}: expected 3x3 kernels, got {kernels}")
+
+    with result.probe("weights drawn from N(0, 0.01)"):
+        for name, conv in _named_convolutions(head(*settings[0])):
+            weight = plain(conv.weight)
+            mean, std = weight.mean().item(), weight.std().item()
+            # Six standard errors of the smallest layer, which has 576 weights.
+            expect(
+                abs(mean) < 0.0025 and abs(std - 0.01) < 0.0018,
+                f"{name}: expected weights of mean 0 and standard deviation 0.01, got mean "
+                f"{mean:.3g} and standard deviation {std:.3g}",
+            )
+
+    with result.probe("biases 0"):
+        for name, conv in _named_convolutions(head(*settings[0])):
+            if not name.startswith("pred_cls"):
+                bias = plain(conv.bias)
+                largest = "no bias" if bias is None else bias.abs().max().item()
+                expect(largest == 0, f"{name}.bias: expected 0, got up to {show(largest)}")
+
+    with result.probe("pred_cls.bias is -log(99)"):
+        model = head(*settings[0])
+        expect_close("pred_cls.bias", model.pred_cls.bias, [-math.log(99)] * 20, 1e-5)
+
+    with result.probe("predictions of shape (B, H * W, C)"):
+        for setting in settings:
+            num_classes, in_channels, _ = setting
+            feats = {
+                "p3": torch.randn(3, in_channels, 6, 4),
+                "p4": torch.randn(3, in_channels, 3, 2),
+                "p5": torch.randn(3, in_channels, 2, 1),
+            }
+            predictions = plain(head(*setting)(feats))
+            for name, values, channels in zip(
+                ("class logits", "deltas", "centerness logits"),
+                predictions,
+                (num_classes, 4, 1),
+                strict=True,
+            ):
+                for level, feat in feats.items():
+                    shape = (3, feat[0, 0].numel(), channels)
+                    got = tuple(values[level].shape)
+                    expect(
+                        got == shape,
+                        f"{name} of {level} with {describe(*setting)}, features "
+                        f"{tuple(feat.shape)}: expected {shape}, got {got}",
+                    )
+
+    with result.probe("ReLU after each stem convolution"):
+        model = with_random_weights(head(*settings[2]))
+        feats = torch.randn(1, 32, 5, 4)
+        for name in ("stem_cls", "stem_box"):
+            stem = getattr(model, name)
+            number = len(convolutions(stem))
+            expect(number == 3, f"stem_channels=[48, 40, 32]: expected 3 in {name}, got {number}")
+            got, expected = plain(stem(feats)), _run_stem(stem, feats)
+            expect(
+                got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3),
+                f"{name} of a random feature map: expected 3x3 convolutions with padding 1, each "
+                f"followed by ReLU, got other values (smallest {got.min():.3g})",
+            )
+
+    with result.probe("centerness comes from the box stem"):
+        model = with_random_weights(head(*settings[2]))
+        feats = torch.randn(1, 32, 5, 4)
+        predictions = plain(model({level: feats for level in STRIDES}))
+        for name, stem, values in (
+            ("pred_cls", "stem_cls", predictions[0]["p3"]),
+            ("pred_box", "stem_box", predictions[1]["p3"]),
+            ("pred_ctr", "stem_box", predictions[2]["p3"]),
+        ):
+            maps = plain(getattr(model, name)(getattr(model, stem)(feats)))  # (1, C, H, W)
+            # Sorted over the locations, because their order is the matter of another check.
+            expected = maps.flatten(2).transpose(1, 2).sort(dim=1).values
+            got = values.sort(dim=1).values
+            if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
+                continue
+            other = "stem_box" if stem == "stem_cls" else "stem_cls"
+            maps = plain(getattr(model, name)(getattr(model, other)(feats)))
+            swapped = maps.flatten(2).transpose(1, 2).sort(dim=1).values
+            same = got.shape == swapped.shape and torch.allclose(got, swapped, rtol=1e-3, atol=1e-3)
+            raise Wrong(
+                f"expected the outputs of {name}({stem}(features)), got "
+                f"{f'those of {name}({other}(features))' if same else 'other values'}"
+            )
+
+    with result.probe("shared by all levels"):
+        model = with_random_weights(head(*settings[1]))
+        feats = torch.randn(1, 16, 3, 5)
+        for values in plain(model({"p3": feats, "p4": feats, "p5": feats})):
+            for level in ("p4", "p5"):
+                what = f"the same features as p3 and as {level}: predictions of {level}"
+                expect_close(what, values[level], values["p3"].detach(), 1e-5)
+    return result
+
+
+def _named_convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    expect(bool(layers), "expected torch.nn.Conv2d layers, found none")
+    return layers
+
+
+@torch.no_grad()
+def with_random_weights(model: nn.Module) -> nn.Module:
+    """Give convolutions weights that let signals through, unlike a head's initial ones."""
+    for conv in convolutions(model):
+        nn.init.kaiming_normal_(conv.weight)
+        if conv.bias is not None:
+            nn.init.normal_(conv.bias, std=0.1)
+    return model
+
+
+def _run_stem(stem: nn.Module, feats: Tensor) -> Tensor:
+    for conv in convolutions(stem):
+        feats = F.conv2d(feats, plain(conv.weight), plain(conv.bias), padding=1).relu()
+    return feats

@@ -1,0 +1,144 @@
+"""The assignment's checks as plain functions.
+
+Each check takes a submission, the three imported modules of the assignment, and returns what
+passed and, for what did not, one sentence with an input, what was expected and what came out:
+
+    import a4_helper, common, one_stage_detector
+    from eecs598.grading import Submission, run_checks
+
+    for result in run_checks(Submission(common, one_stage_detector, a4_helper)):
+        print(result.name, len(result.passed), "passed")
+        for sentence in result.failed:
+            print("   ", sentence)
+
+The checks run on the CPU, are deterministic, and leave random generators, the working directory
+and the streams of the caller as they were. They import no module of the assignment themselves and
+call nothing but its public names, so they judge any implementation alike. They run the code of
+the submission in this process: isolating it, and limiting its time, is up to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
+from types import ModuleType
+
+from eecs598.grading.checks.a4_helper import (
+    check_dataset,
+    check_evaluation_export,
+    check_train_detector,
+)
+from eecs598.grading.checks.detector import (
+    check_inference,
+    check_losses,
+    check_sizes_and_dtypes,
+    check_training,
+)
+from eecs598.grading.checks.locations import check_location_coords, check_location_order
+from eecs598.grading.checks.network import check_backbone, check_head, check_hello
+from eecs598.grading.checks.nms import check_class_spec_nms, check_nms
+from eecs598.grading.checks.targets import (
+    check_box_decoding,
+    check_centerness,
+    check_deltas,
+    check_matching,
+)
+from eecs598.grading.result import CheckResult, ProbeResult, Wrong
+from eecs598.grading.submission import Submission, completed
+
+__all__ = ["CHECKS", "CheckResult", "ProbeResult", "Submission", "labels_of", "run_checks"]
+
+Check = Callable[[Submission], CheckResult]
+
+
+def _judging(check: Check, *names: str) -> Check:
+    """The check, which fails in one sentence where what it judges is not there at all.
+
+    Args:
+        check: the check.
+        names: what it judges, as "module.name".
+    """
+
+    @wraps(check)
+    def judge(submission: Submission) -> CheckResult:
+        result = CheckResult(_name(check))
+        for module, _, attribute in (name.partition(".") for name in names):
+            replaced = submission.replaced
+            reason = replaced.get(module) or replaced.get(f"{module}.{attribute}")
+            if reason is None and not hasattr(getattr(submission, module), attribute):
+                reason = f"{module}.py does not define it"
+            if reason is not None:
+                with result.probe(f"{module}.py"):
+                    raise Wrong(f"expected {attribute}, got nothing: {reason}")
+        if result.probes:
+            return result
+        if check not in _OF_THE_WHOLE:
+            return check(submission.answering)
+        with completed(submission) as complete:
+            return check(complete.answering)
+
+    return judge
+
+
+def _name(check: Check) -> str:
+    return check.__name__.removeprefix("check_")
+
+
+# These judge how the parts are put together, whichever of them are written.
+_OF_THE_WHOLE = {check_losses, check_training, check_inference, check_sizes_and_dtypes}
+
+# In the order of the assignment.
+_CHECKS_AND_WHAT_THEY_JUDGE = (
+    (check_hello,),
+    (check_backbone, "common.DetectorBackboneWithFPN"),
+    (check_head, "one_stage_detector.FCOSPredictionNetwork"),
+    (check_location_coords, "common.get_fpn_location_coords"),
+    (
+        check_location_order,
+        "one_stage_detector.FCOSPredictionNetwork",
+        "common.get_fpn_location_coords",
+    ),
+    (check_matching, "one_stage_detector.fcos_match_locations_to_gt"),
+    (check_deltas, "one_stage_detector.fcos_get_deltas_from_locations"),
+    (check_box_decoding, "one_stage_detector.fcos_apply_deltas_to_locations"),
+    (check_centerness, "one_stage_detector.fcos_make_centerness_targets"),
+    (check_losses, "one_stage_detector.FCOS"),
+    (check_training, "one_stage_detector.FCOS"),
+    (check_nms, "common.nms"),
+    (check_class_spec_nms, "common.class_spec_nms"),
+    (check_inference, "one_stage_detector.FCOS"),
+    (check_sizes_and_dtypes, "one_stage_detector.FCOS"),
+    (check_dataset, "a4_helper.VOC2007DetectionTiny"),
+    (check_train_detector, "a4_helper.train_detector"),
+    (check_evaluation_export, "a4_helper.inference_with_detector"),
+)
+CHECKS: dict[str, Check] = {
+    _name(check): _judging(check, *names) for check, *names in _CHECKS_AND_WHAT_THEY_JUDGE
+}
+
+
+@cache
+def labels_of(name: str) -> tuple[str, ...]:
+    """The labels of the probes of a check, which are the same for every submission."""
+    modules = (ModuleType(module) for module in ("common", "one_stage_detector", "a4_helper"))
+    nothing = Submission(*modules).answering
+    return tuple(probe.label for probe in CHECKS[name].__wrapped__(nothing).probes)
+
+
+def run_checks(submission: Submission, names: Iterable[str] | None = None) -> list[CheckResult]:
+    """Run checks on a submission.
+
+    Args:
+        submission: its modules.
+        names: keys of ``CHECKS``; all of them unless given.
+
+    Returns:
+        One result a check, in the order of ``CHECKS``.
+
+    Raises:
+        ValueError: a name that is not a check. What goes wrong inside a submission is a result.
+    """
+    wanted = set(CHECKS if names is None else names)
+    if unknown := wanted - set(CHECKS):
+        raise ValueError(f"there is no check {sorted(unknown)}; the checks are {list(CHECKS)}.")
+    return [check(submission) for name, check in CHECKS.items() if name in wanted]

@@ -1,0 +1,536 @@
+"""Grade folders side by side, each in processes of its own.
+
+A process loads a submission and runs its checks one after the other. If it ends, hangs, uses too
+much or says what it should not, the check it was in gets no points, and a new process goes on with
+the rest. Verdicts of a submission thus never depend on another one, and its end is nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from typing import Any
+
+import torch
+
+from eecs598.grading.checks.registry import CHECKS
+from eecs598.grading.result import CheckResult, ProbeResult
+from eecs598.grading.sandbox.isolation import LAYERS, Limits, adopt_orphans, children, kill_orphans
+from eecs598.grading.sandbox.worker import FINDINGS, Job, work
+
+__all__ = ["ENDED", "Graded", "Options", "grade_folders"]
+
+ENDED = "runs to its end"  # label of the probe that a check fails with its process
+POLL = 0.1  # seconds between two looks at what a process uses
+GRACE = 2.0  # seconds after the time-out in which a process ends itself
+MAX_LINE = 2**20
+MAX_PROBES = 100  # of a check
+MAX_SENTENCE = 600
+MAX_SENTENCES = 60
+KEPT_OUTPUT = 2**15  # bytes of what a process prints: as many from its start as from its end
+MAX_FILES = 5000
+TRACEBACK = "Timeout ("  # begins what faulthandler prints of a process that has to end
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to grade.
+
+    Attributes:
+        timeout: seconds for loading a submission and for each check. A check that is still
+            running is interrupted, and ended after twice the time.
+        total_timeout: seconds for a submission as a whole.
+        jobs: submissions at the same time; as many as there are cores unless given.
+        memory_mb: what a submission may allocate.
+        disk_mb: what it may write.
+        checks: names of the checks to run.
+        findings: whether to look for what costs no points, too.
+    """
+
+    timeout: float = 60.0
+    total_timeout: float = 900.0
+    jobs: int | None = None
+    memory_mb: int = 2048
+    disk_mb: int = 256
+    checks: tuple[str, ...] = tuple(CHECKS)
+    findings: bool = True
+
+
+@dataclass
+class Graded:
+    """What came out for one folder.
+
+    Attributes:
+        folder: as it was given.
+        error: why it could not be graded at all; None if it was.
+        results: of each check. One that did not run to its end has a single probe, ``ENDED``.
+        notes: on how the submission was loaded and what happened on the way.
+        findings: what a reviewer would say, without points.
+        suspicious: lines of code that a person should look at.
+        output: what the submission printed, shortened.
+        protections: those of ``isolation.LAYERS`` that were in place.
+        seconds: it took.
+    """
+
+    folder: str
+    error: str | None = None
+    results: list[CheckResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    suspicious: list[str] = field(default_factory=list)
+    output: str = ""
+    protections: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def grade_folders(
+    folders: Sequence[str | os.PathLike],
+    fallback: str | os.PathLike,
+    options: Options | None = None,
+    report: Callable[[Graded], None] = lambda graded: None,
+) -> list[Graded]:
+    """Grade submissions.
+
+    From then on, PyTorch computes with one thread in this process, and Matplotlib without windows.
+
+    Args:
+        folders: one a submission. One that can't be read is an error of that one alone.
+        fallback: folder with the modules of the assignment that replace missing ones.
+        options: how.
+        report: called with each submission when it is done.
+
+    Returns:
+        What came out, in the order of ``folders``.
+    """
+    options = options or Options()
+    jobs = options.jobs or _num_cores()
+    _prepare()
+    gradings = [_Grading(os.fspath(folder), os.fspath(fallback), options) for folder in folders]
+    waiting, running, others = deque(gradings), [], children()
+    with adopt_orphans():
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(waiting.popleft())
+                    running[-1].begin()
+                channels = [pipe for grading in running for pipe in grading.pipes()]
+                if channels:
+                    connection.wait(channels, timeout=POLL)
+                for grading in list(running):
+                    grading.advance(others | {one.pid for one in running if one.pid})
+                    if grading.is_done:
+                        running.remove(grading)
+                        report(grading.graded)
+        finally:
+            for grading in running:
+                grading.stop()
+    return [grading.graded for grading in gradings]
+
+
+def _prepare() -> None:
+    """Import once what submissions import, since each process starts as a copy of this one."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot  # noqa: F401
+    import torchvision.models.feature_extraction
+    import torchvision.transforms  # noqa: F401
+
+    # A pool of threads would not survive in the copies.
+    torch.set_num_threads(1)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Distrusted(Exception):
+    """The process said what it should not."""
+
+
+class _Grading:
+    """One submission on its way through its processes."""
+
+    def __init__(self, folder: str, fallback: str, options: Options) -> None:
+        # A name may be no text, or move the cursor.
+        name = os.fsencode(folder).decode(errors="replace")
+        self.graded = Graded("".join(c if c.isprintable() else "?" for c in name))
+        self.is_done = False
+        self._folder = os.path.abspath(folder)
+        self._fallback = os.path.abspath(fallback)
+        self._options = options
+        self._pending = deque(name for name in CHECKS if name in options.checks)
+        if options.findings:
+            self._pending.append(FINDINGS)
+        self._probes: list[ProbeResult] = []  # of the check that is running
+        self._process: _Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def pipes(self) -> list[connection.Connection]:
+        return self._process.open_pipes if self._process else []
+
+    def begin(self) -> None:
+        self._start_time = time.monotonic()
+        try:
+            os.listdir(self._folder)
+        except OSError as error:
+            self.graded.error = f"can't be graded: {error.strerror}"
+            self._fail_all(self.graded.error)
+            self.is_done = True
+            return
+        self._start_process()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def advance(self, known: set[int]) -> None:
+        """Hear what the process has to say, and end it where it must be.
+
+        Args:
+            known: processes that are to go on when this one ends.
+        """
+        process = self._process
+        if process is None:
+            return
+        try:
+            for message in process.messages():
+                self._hear(message)
+            problem = process.problem()
+            if problem is None and time.monotonic() > self._deadline:
+                problem = process.time_out()
+        except _Distrusted as distrusted:
+            problem = f"the process of the submission {distrusted}; its word does not count"
+        if problem is None and not process.has_ended:
+            return
+        status = process.end()
+        if "processes" not in self.graded.protections:
+            kill_orphans(known - {process.pid})
+        self._process = None
+        printed = process.output.text().partition(TRACEBACK)[0]
+        self.graded.output = _shortened(self.graded.output + printed)
+        if self._pending:
+            reason = problem or process.describe_end(status, self._folder)
+            if self._expected == "steps":
+                self._fail_step(reason)
+            else:
+                self._fail_all(f"while the submission was loaded: {reason}")
+        self._go_on()
+
+    def _start_process(self) -> None:
+        options = self._options
+        work_folder = tempfile.mkdtemp(prefix="fcos-grade-")
+        job = Job(
+            folder=self._folder,
+            fallback=self._fallback,
+            steps=tuple(self._pending),
+            work_folder=os.path.realpath(work_folder),
+            timeout=options.timeout,
+            limits=Limits(
+                memory_mb=options.memory_mb,
+                file_mb=options.disk_mb,
+                cpu_seconds=int(options.total_timeout) + 1,
+            ),
+            token=secrets.token_hex(16),
+        )
+        self._expected = "confined"
+        self._probes = []
+        self._process = _Process(job, options)
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        step = time.monotonic() + 2 * self._options.timeout + GRACE
+        self._deadline = min(step, self._start_time + self._options.total_timeout)
+
+    def _go_on(self) -> None:
+        used_up = time.monotonic() - self._start_time >= self._options.total_timeout
+        if self._pending and used_up:
+            total = f"{self._options.total_timeout:g} s"
+            self._fail_all(f"not run: the submission had used up its {total} in all")
+        if self._pending:
+            self._start_process()
+            return
+        by_name = {result.name: result for result in self.graded.results}
+        self.graded.results = [by_name[name] for name in CHECKS if name in by_name]
+        self.graded.seconds = round(time.monotonic() - self._start_time, 1)
+        self.is_done = True
+
+    # What the process says ------------------------------------------------------------------
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """Follow the order: confined, loaded, then for each step its probes and its end."""
+        if self._expected == "confined":
+            self._require(set(message) == {"confined"})
+            self.graded.protections = [
+                layer for layer in _sentences(message["confined"]) if layer in LAYERS
+            ]
+            self._expected = "loaded"
+        elif self._expected == "loaded":
+            self._hear_loaded(message)
+        elif "label" in message:
+            self._require(bool(self._pending) and message.get("check") == self._pending[0])
+            self._require(len(self._probes) < MAX_PROBES)
+            problem = message.get("problem")
+            self._probes.append(
+                ProbeResult(
+                    _sentence(message["label"]), None if problem is None else _sentence(problem)
+                )
+            )
+        else:
+            self._require(bool(self._pending) and message.get("done") == self._pending[0])
+            self._hear_done(message)
+
+    def _hear_loaded(self, message: dict[str, Any]) -> None:
+        if "failed" in message:
+            reason = _sentence(message["failed"])
+            self._fail_all(f"the submission can't be loaded: {reason}")
+            return
+        self._require({"loaded", "suspicious", "replaced"} == set(message))
+        notes = _sentences(message["loaded"])
+        if replaced := _sentences(message["replaced"]):
+            notes.append(f"replaced {', '.join(replaced)} when it was imported; put back")
+        self.graded.notes += [note for note in notes if note not in self.graded.notes]
+        self.graded.suspicious = _sentences(message["suspicious"])
+        self._expected = "steps"
+        self._set_deadline()
+
+    def _hear_done(self, message: dict[str, Any]) -> None:
+        self._require(set(message) == {"done", "problem", "found", "tampered"})
+        if tampered := _sentences(message["tampered"]):
+            raise _Distrusted(f"replaced what judges it: {', '.join(tampered)}")
+        if message["problem"] is not None:
+            self._fail_step(_sentence(message["problem"]))
+        elif message["done"] == FINDINGS:
+            self.graded.findings = _sentences(message["found"])
+            self._pending.popleft()
+        else:
+            self._require(bool(self._probes))
+            self.graded.results.append(CheckResult(self._pending.popleft(), self._probes))
+        self._probes = []
+        self._set_deadline()
+
+    @staticmethod
+    def _require(condition: bool) -> None:
+        if not condition:
+            raise _Distrusted("sent what the grader did not expect")
+
+    def _fail_all(self, reason: str) -> None:
+        while self._pending:
+            self._fail_step(reason)
+
+    def _fail_step(self, reason: str) -> None:
+        step = self._pending.popleft()
+        if step == FINDINGS and self.graded.error is None:
+            self.graded.notes.append(f"no findings: {reason}")
+        elif step != FINDINGS:
+            self.graded.results.append(CheckResult(step, [ProbeResult(ENDED, reason)]))
+        self._probes = []
+
+
+class _Process:
+    """A process with a job, seen from outside."""
+
+    def __init__(self, job: Job, options: Options) -> None:
+        # A copy of this process has its libraries loaded already. Elsewhere, copies of a process
+        # that has loaded them are not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._job = job
+        self._options = options
+        self._channel, channel = context.Pipe(duplex=False)
+        self._printed, printed = context.Pipe(duplex=False)
+        self.open_pipes = [self._channel, self._printed]
+        self.output = _Output()
+        self._unread = b""
+        self._exited = False
+        self._process = context.Process(target=work, args=(job, channel, printed), daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+        for pipe in (channel, printed):
+            pipe.close()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it said its last word.
+
+        It may have closed the pipe and be running on, or have ended and left the pipe to another.
+        """
+        return self._exited or self._channel not in self.open_pipes
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What it said since the last call."""
+        self._exited = self._process.exitcode is not None  # asked before reading all that is left
+        self.output.add(self._read(self._printed))
+        self._unread += self._read(self._channel)
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            token, _, text = line.partition(b" ")
+            if not secrets.compare_digest(token, self._job.token.encode()):
+                raise _Distrusted("wrote to the grader's pipe")
+            try:
+                message = json.loads(text)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                raise _Distrusted("sent what the grader did not expect")
+            yield message
+        if len(self._unread) > MAX_LINE:
+            raise _Distrusted("wrote to the grader's pipe")
+
+    def _read(self, pipe: connection.Connection) -> bytes:
+        if pipe not in self.open_pipes or not pipe.poll():
+            return b""
+        try:
+            # Not by the length that a message begins with, which a submission could make up.
+            data = pipe.recv_bytes() if os.name == "nt" else os.read(pipe.fileno(), 2**20)
+        except (EOFError, OSError):
+            data = b""
+        if not data:
+            self.open_pipes.remove(pipe)
+        return data
+
+    def problem(self) -> str | None:
+        """Whether it uses more of the disk than it may."""
+        if _uses_more(self._job.work_folder, self._options.disk_mb * 2**20):
+            return f"wrote more than {self._options.disk_mb} MB or {MAX_FILES} files"
+        return None
+
+    def time_out(self) -> str:
+        return f"did not come to an end in {2 * self._options.timeout:g} s"
+
+    def end(self) -> int | None:
+        """End it, with all that it started, and remove its folder; returns its exit status."""
+        if self.has_ended:
+            self._process.join(GRACE)
+        status = self._process.exitcode
+        if os.name == "nt":
+            self._process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            if status is None:
+                self._process.kill()
+        self._process.join()
+        while data := self._read(self._printed):
+            self.output.add(data)
+            if not self._printed.poll():
+                break
+        for pipe in (self._channel, self._printed):
+            pipe.close()
+        _remove(self._job.work_folder)
+        return status
+
+    def describe_end(self, status: int | None, folder: str) -> str:
+        """Why it ended by itself."""
+        text = self.output.text()
+        if TRACEBACK in text:
+            where = _innermost_place(text, folder)
+            return f"still running after {2 * self._options.timeout:g} s{where}"
+        if status is None:
+            return "closed the grader's pipe"
+        if status >= 0:
+            return f"ended its process with exit status {status}"
+        if status == -getattr(signal, "SIGXCPU", 0):
+            return f"used {2 * self._options.timeout:g} s of processor time"
+        if status == -signal.SIGSEGV:
+            return "crashed its process (SIGSEGV)"
+        return f"its process was ended by {signal.Signals(-status).name}"
+
+
+class _Output:
+    """The start and the end of what a process prints."""
+
+    def __init__(self) -> None:
+        self._start, self._end, self._size = b"", b"", 0
+
+    def add(self, data: bytes) -> None:
+        self._size += len(data)
+        room = KEPT_OUTPUT - len(self._start)
+        self._start += data[:room]
+        self._end = (self._end + data[room:])[-KEPT_OUTPUT:]
+
+    def text(self) -> str:
+        dropped = self._size - len(self._start) - len(self._end)
+        gap = f"\n... {dropped} bytes ...\n".encode() if dropped else b""
+        return (self._start + gap + self._end).decode(errors="replace")
+
+
+def _shortened(text: str) -> str:
+    """Text without what moves the cursor or changes colours, and no longer than is kept."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    return text if len(text) <= 2 * KEPT_OUTPUT else f"{text[: 2 * KEPT_OUTPUT]} ..."
+
+
+def _sentence(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Distrusted("sent what the grader did not expect")
+    text = "".join(c if c.isprintable() else " " for c in value)
+    return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 4]} ..."
+
+
+def _sentences(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise _Distrusted("sent what the grader did not expect")
+    return [_sentence(item) for item in value[:MAX_SENTENCES]]
+
+
+def _uses_more(folder: str, size: int) -> bool:
+    """Whether a folder holds more bytes or files than allowed; stops looking when it does."""
+    files, folders = 0, [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    size -= entry.stat(follow_symlinks=False).st_size
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    if size < 0 or files > MAX_FILES:
+                        return True
+        except FileNotFoundError:
+            pass  # removed meanwhile
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return True
+    return False
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder, however deep it is and whatever modes its parts have."""
+    if os.name == "nt":
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    remove = ["rm", "-rf", "--", folder]
+    if subprocess.run(remove, stderr=subprocess.DEVNULL).returncode:
+        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(remove)
+
+
+def _innermost_place(text: str, folder: str) -> str:
+    """Where in a submission a print of all threads shows the first one to be."""
+    frames = re.findall(r'File "(.+)", line (\d+) in (\S+)', text.rpartition("Thread ")[2])
+    for file, line, function in frames:
+        if file.startswith(folder + os.sep):
+            return f", in {function} ({os.path.relpath(file, folder)}, line {line})"
+    return ""

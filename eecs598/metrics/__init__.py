@@ -1,0 +1,1 @@
+"""Detections matched to ground truth, and every measure made from the matches."""

@@ -1,0 +1,422 @@
+"""The report of an evaluation: one HTML file that needs no network and no server.
+
+    analysis = analyse(evaluation)                  # eecs598.report.analysis
+    write_report("report.html", analysis, title="VOC 2007 val")
+
+The page is made from the templates in ``templates`` with Jinja; this module works out what
+they show. Notebooks show the same figures with :func:`figures_html`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from eecs598.data.images import read_image
+from eecs598.metrics.evaluation import Evaluation
+from eecs598.report.analysis import Analysis, Comparison
+from eecs598.runtime.files import replacing
+
+__all__ = ["figures_html", "write_report"]
+
+NUM_BINS = 20  # of the histogram of scores
+SIZE_EDGES = (0, 16, 32, 64, 96, 128, math.inf)  # roots of areas, in pixels
+CURVE_POINTS = 100  # a small figure shows no more
+MAX_MISTAKES = 400
+MISTAKES_OF_ONE_SORT = 6  # kind and class
+CROP_SIDE = 240  # of the larger side of a picture, in pixels
+FALSE_KINDS = ("background", "class", "localisation", "both", "duplicate")
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    analysis: Analysis,
+    *,
+    title: str,
+    facts: Sequence[str] = (),
+    footer: str = "",
+    comparison: Comparison | None = None,
+) -> None:
+    """Write the report of an evaluation.
+
+    Args:
+        path: of the HTML file.
+        analysis: of the evaluation that is reported.
+        title: the heading.
+        facts: short phrases below it: data, settings, versions.
+        footer: a sentence at the end, such as the command.
+        comparison: with another evaluation of the same images.
+    """
+    context = _figure_context(analysis)
+    figures = _environment().get_template("figures.html")
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            **context,
+            title=title,
+            facts=facts,
+            footer=footer,
+            sections=_sections(analysis, comparison),
+            metrics=analysis.metrics,
+            smells=analysis.metrics["smells"],
+            tiles=_tiles(analysis),
+            comparison=comparison and _comparison_context(comparison, analysis.metrics),
+            mistakes=_mistakes(analysis),
+            figures=lambda: Markup(figures.render(**context)),
+        )
+    )
+    with replacing(path) as unfinished:
+        # File names may hold bytes that are no text.
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
+
+
+def figures_html(analysis: Analysis) -> str:
+    """The figures alone, with their style, to be shown in a notebook."""
+    environment = _environment()
+    figures = environment.get_template("figures.html").render(**_figure_context(analysis))
+    style = environment.get_template("report.css").render()
+    return f'<style>{style}</style><div class="fcos-report">{figures}</div>'
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("eecs598.report"),
+        # The style and the script are files of this project, with nothing from outside in them.
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    environment.filters["points"] = lambda value: _signed(100 * value)
+    return environment
+
+
+def _percent(share: float | None, unit: str = " %") -> str:
+    return "–" if share is None else f"{100 * share:.1f}{unit}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _sections(analysis: Analysis, comparison: Comparison | None) -> list[tuple[str, str]]:
+    """What the navigation lists: anchor and name."""
+    sections = [("warnings", "What looks wrong")] if analysis.smells else []
+    sections.append(("summary", "Summary"))
+    if comparison:
+        sections.append(("comparison", "Comparison"))
+    return [
+        *sections,
+        ("classes", "Classes"),
+        ("curves", "Precision and recall"),
+        ("errors", "Errors"),
+        ("scores", "Scores and sizes"),
+        ("confusion", "Confusion"),
+        ("mistakes", "Mistakes"),
+    ]
+
+
+def _tiles(analysis: Analysis) -> list[tuple[str, str, str]]:
+    """Headline numbers: name, value and a note."""
+    metrics = analysis.metrics
+    low, high = (100 * end for end in metrics["interval"])
+    tiles = [
+        (
+            f"mAP at IoU {metrics['iou_threshold']:g}",
+            _percent(metrics["mAP"]),
+            f"95 % interval {low:.1f} to {high:.1f}",
+        ),
+        ("11-point mAP", _percent(metrics["mAP_11_point"]), "as in VOC 2007"),
+    ]
+    if metrics["coco"]:
+        for key, name, note in (
+            ("AP", "COCO AP", "IoU 0.5 to 0.95"),
+            ("AP75", "COCO AP75", "IoU 0.75"),
+            ("AR_100", "COCO recall", "IoU 0.5 to 0.95"),
+        ):
+            tiles.append((name, _percent(metrics["coco"][key]), note))
+    if metrics["best_threshold"] is not None:
+        note = f"of all classes, at scores of {metrics['best_threshold']:.2f} and more"
+        tiles.append(("best F1", _percent(metrics["best_f1"]), note))
+    tiles.append(("images", f"{metrics['num_images']:,}", ""))
+    tiles.append(("objects", f"{sum(metrics['num_ground_truth'].values()):,}", ""))
+    note = f"with scores above {metrics['score_thresh']:g}"
+    tiles.append(("detections", f"{sum(metrics['num_detections'].values()):,}", note))
+    return tiles
+
+
+def _comparison_context(comparison: Comparison, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    result, other = comparison.difference, comparison.other
+    low, high = result.low, result.high
+    difference = _signed(100 * result.difference)
+    verdict = (
+        "The interval leaves out 0: the difference is more than the choice of images explains."
+        if result.exceeds
+        else "The interval holds 0: another choice of images could turn the difference round."
+    )
+    return {
+        "name": comparison.name,
+        "sentence": f"mAP {_percent(metrics['mAP'])} here and "
+        f"{_percent(other['mAP'])} there: a difference of {difference} points, 95 % "
+        f"interval {_signed(100 * low)} to {_signed(100 * high)} (bootstrap over the same images). "
+        + verdict,
+        "rows": [
+            {"name": name, "this": ap, "other": other["AP"][name]}
+            | {"difference": ap - other["AP"][name]}
+            for name, ap in metrics["AP"].items()
+        ],
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------
+
+
+def _figure_context(analysis: Analysis) -> dict[str, Any]:
+    metrics = analysis.metrics
+    threshold = metrics["best_threshold"]
+    return {
+        "classes": _class_rows(analysis),
+        "error_rows": _error_rows(analysis),
+        "score_bins": _score_bins(analysis),
+        "threshold": threshold,
+        "score_thresh": f"{metrics['score_thresh']:g}",
+        "threshold_text": "–" if threshold is None else f"{threshold:.2f}",
+        "recall_by_size": _recall_by_size(analysis),
+        "recall_by_level": _recall_by_level(analysis),
+        "matrix_names": [*analysis.evaluation.class_names, "background"],
+        "matrix": [
+            [(int(count), count / max(1, sum(row))) for count in row]
+            for row in metrics["confusion_matrix"]
+        ],
+    }
+
+
+def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    metrics, matches = analysis.metrics, analysis.matches
+    shown = matches.score >= (metrics["best_threshold"] or 0.0)
+    rows = []
+    for label, name in enumerate(analysis.evaluation.class_names):
+        curve = analysis.curves.get(name)
+        of_class = shown & (matches.label == label)
+        rows.append(
+            {
+                "name": name,
+                "ap": metrics["AP"].get(name),
+                "objects": metrics["num_ground_truth"][name],
+                "true": int((of_class & matches.true).sum()),
+                "false": int((of_class & matches.false).sum()),
+                "f1": curve.best_f1 if curve else None,
+                "threshold": curve.best_f1_threshold if curve else None,
+                "curve": _curve(curve) if curve else None,
+                "dot": _best_point(curve) if curve else None,
+            }
+        )
+    return sorted(rows, key=lambda row: -1 if row["ap"] is None else row["ap"], reverse=True)
+
+
+def _curve(curve: Any) -> list[tuple[float, float]]:
+    """Points of a curve of precision over recall, as many as a small figure can show."""
+    if not len(curve.recall):
+        return []
+    recalls = np.linspace(curve.recall[0], curve.recall[-1], CURVE_POINTS)
+    shown = np.unique(np.searchsorted(curve.recall, recalls).clip(max=len(curve.recall) - 1))
+    return [(float(curve.recall[i]), float(curve.precision[i])) for i in shown]
+
+
+def _best_point(curve: Any) -> tuple[float, float] | None:
+    if curve.best_f1_threshold is None:
+        return None
+    best = int(np.flatnonzero(curve.scores == curve.best_f1_threshold)[-1])
+    return float(curve.recall[best]), float(curve.precision[best])
+
+
+def _error_rows(analysis: Analysis) -> list[tuple[str, float, str, str]]:
+    gains, counts = analysis.errors.gains, analysis.errors.counts
+    largest = max(1e-9, *gains.values())
+    return [
+        (kind, max(0.0, gain) / largest, f"{100 * gain:.1f} ({counts[kind]:,})", "bad")
+        for kind, gain in gains.items()
+    ]
+
+
+def _score_bins(analysis: Analysis) -> list[tuple[int, int]]:
+    """Numbers of true and of false detections in equal bins of the score."""
+    matches = analysis.matches
+    edges = np.linspace(0, 1, NUM_BINS + 1)
+    true, _ = np.histogram(matches.score[matches.true], edges)
+    false, _ = np.histogram(matches.score[matches.false], edges)
+    return list(zip(true.tolist(), false.tolist(), strict=True))
+
+
+def _recall_by_size(analysis: Analysis) -> list[tuple[str, float, str, str]]:
+    boxes, found = _objects(analysis)
+    sizes = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    rows = []
+    for low, high in zip(SIZE_EDGES[:-1], SIZE_EDGES[1:], strict=True):
+        name = f"{low} and more" if high == math.inf else f"{low} to {high}"
+        rows += _recall_row(name, found[(sizes >= low) & (sizes < high)])
+    return rows
+
+
+def _recall_by_level(analysis: Analysis) -> list[tuple[str, float, str, str]]:
+    """By the level that is responsible for a location in the centre of the object."""
+    boxes, found = _objects(analysis)
+    distance = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) / 2
+    rows = []
+    for name, (low, high) in analysis.evaluation.levels.items():
+        rows += _recall_row(name, found[(distance >= low) & (distance < high)])
+    return rows
+
+
+def _recall_row(name: str, found: Tensor) -> list[tuple[str, float, str, str]]:
+    if not len(found):
+        return []
+    recall = float(found.float().mean())
+    return [(name, recall, f"{100 * recall:.0f} % of {len(found):,}", "good")]
+
+
+def _objects(analysis: Analysis) -> tuple[Tensor, Tensor]:
+    """Boxes (M, 4) of all objects that are not difficult, and whether each was found (M,)."""
+    boxes, found = [], []
+    for target, undetected in zip(
+        analysis.evaluation.targets, analysis.errors.undetected, strict=True
+    ):
+        counted = ~_difficult(target)
+        boxes.append(target["boxes"][counted].float())
+        found.append(~torch.as_tensor(undetected)[counted])
+    return torch.cat(boxes), torch.cat(found)
+
+
+def _difficult(target: Mapping[str, Tensor]) -> Tensor:
+    flags = target.get("difficult")
+    return torch.zeros(len(target["boxes"]), dtype=torch.bool) if flags is None else flags
+
+
+# --------------------------------------------------------------------------------------------
+# Mistakes
+# --------------------------------------------------------------------------------------------
+
+
+def _mistakes(analysis: Analysis) -> list[dict[str, Any]]:
+    """The most telling mistakes of each kind and class, each with a picture."""
+    described = (_mistake(analysis, *which) for which in _telling_mistakes(analysis))
+    return [mistake for mistake in described if mistake is not None]
+
+
+def _telling_mistakes(analysis: Analysis) -> list[tuple[str, int, int]]:
+    """Kind, image and index of confident false detections and of large objects that were missed.
+
+    Weights are the score, or the share of the image that the object fills.
+    """
+    evaluation, errors = analysis.evaluation, analysis.errors
+    sorts: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
+    for image, (found, target) in enumerate(
+        zip(evaluation.predictions, evaluation.targets, strict=True)
+    ):
+        for index, kind in enumerate(errors.kinds[image]):
+            if kind in FALSE_KINDS:
+                entry = (float(found["scores"][index]), image, index)
+                sorts.setdefault((kind, int(found["labels"][index])), []).append(entry)
+        for index in np.flatnonzero(errors.missed[image]).tolist():
+            x1, y1, x2, y2 = target["boxes"][index].tolist()
+            share = (x2 - x1) * (y2 - y1) / math.prod(evaluation.image_sizes[image])
+            entry = (share, image, index)
+            sorts.setdefault(("missed", int(target["labels"][index])), []).append(entry)
+    # The first of every sort, then all second ones: no sort crowds out the others.
+    ranked = []
+    for (kind, _), entries in sorts.items():
+        entries.sort(reverse=True)
+        ranked += [
+            (rank, -weight, kind, image, index)
+            for rank, (weight, image, index) in enumerate(entries[:MISTAKES_OF_ONE_SORT])
+        ]
+    return [which for _, _, *which in sorted(ranked)[: max(MAX_MISTAKES, len(sorts))]]
+
+
+def _mistake(analysis: Analysis, kind: str, image: int, index: int) -> dict[str, Any] | None:
+    """What the page says and shows of a mistake; None without a picture."""
+    evaluation = analysis.evaluation
+    found, target = evaluation.predictions[image], evaluation.targets[image]
+    missed = kind == "missed"
+    own, others = (target, found) if missed else (found, target)
+    box, name = own["boxes"][index].float(), evaluation.class_names[int(own["labels"][index])]
+    if missed:
+        width, height = (box[2:] - box[:2]).tolist()
+        text = f"{name}, {width:.0f} x {height:.0f} pixels"
+    else:
+        text = f"{name}, score {float(found['scores'][index]):.2f}"
+
+    boxes = [("truth", row) for row in target["boxes"].float()]
+    if not missed:
+        boxes.append(("found", box))
+    around = box
+    # What the mistake is about, and otherwise what is nearest.
+    overlaps = box_iou(box[None], others["boxes"].float())[0]
+    partner = -1 if missed else int(analysis.errors.concerns[image][index])
+    if partner < 0 and len(overlaps) and overlaps.max() > 0:
+        partner = int(overlaps.argmax())
+    if partner >= 0:
+        other = others["boxes"][partner].float()
+        around = torch.cat([torch.minimum(box, other)[:2], torch.maximum(box, other)[2:]])
+        other_name = evaluation.class_names[int(others["labels"][partner])]
+        what = "nearest detection:" if missed else "on"
+        text += f"; {what} {other_name}, IoU {float(overlaps[partner]):.2f}"
+        if missed:
+            boxes.append(("found", other))
+    picture = _cut_out(evaluation, image, around, boxes)
+    if picture is None:
+        return None
+    file = Path(evaluation.image_paths[image]).name
+    return {**picture, "kind": kind, "class_name": name, "text": text, "image": file}
+
+
+def _cut_out(
+    evaluation: Evaluation, image: int, around: Tensor, boxes: Sequence[tuple[str, Tensor]]
+) -> dict[str, Any] | None:
+    """A JPEG of what is around a box, and what of the boxes is in it; None without the file."""
+    try:
+        whole = read_image(Path(evaluation.image_paths[image]), upright=False)
+    except ValueError:
+        return None
+    # The boxes are in pixels of the image as the detector saw it.
+    seen_height, seen_width = evaluation.image_sizes[image]
+    scale = torch.tensor([whole.width / seen_width, whole.height / seen_height]).repeat(2)
+    x1, y1, x2, y2 = (around * scale).tolist()
+    margin = 0.25 * max(x2 - x1, y2 - y1) + 8
+    # Ground truth may lie outside its image.
+    left = min(max(0, math.floor(x1 - margin)), whole.width - 1)
+    top = min(max(0, math.floor(y1 - margin)), whole.height - 1)
+    right = max(left + 1, min(whole.width, math.ceil(x2 + margin)))
+    bottom = max(top + 1, min(whole.height, math.ceil(y2 + margin)))
+    zoom = min(1.0, CROP_SIDE / max(right - left, bottom - top))
+    width, height = (max(1, round(side * zoom)) for side in (right - left, bottom - top))
+    piece = whole.resize(
+        (width, height), Image.Resampling.LANCZOS, (left, top, right, bottom), reducing_gap=2
+    )
+    stream = io.BytesIO()
+    piece.save(stream, "JPEG", quality=82)
+    drawn = []
+    for kind, box in boxes:
+        corners = (box * scale - torch.tensor([left, top]).repeat(2)) * zoom
+        x1, y1, x2, y2 = corners.tolist()
+        if x1 < width and y1 < height and x2 > 0 and y2 > 0:
+            drawn.append((kind, *(round(value, 1) for value in (x1, y1, x2 - x1, y2 - y1))))
+    jpeg = base64.b64encode(stream.getvalue()).decode("ascii")
+    return {"jpeg": jpeg, "width": width, "height": height, "boxes": drawn}

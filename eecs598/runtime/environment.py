@@ -1,0 +1,63 @@
+"""Who made a result: versions, hardware and the state of the repository."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe_environment", "package_versions", "processor_name"]
+
+# What a result can depend on.
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of these distributions, of those that are installed."""
+    versions = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def processor_name() -> str:
+    """The model of the processor where it can be found out, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_environment() -> dict[str, Any]:
+    """Command, versions, hardware and the state of the repository: who made a result."""
+    folder = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None  # no git, or a folder that is no repository
+
+    changes = git("status", "--porcelain")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": package_versions(_PACKAGES),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "processors": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": (git("rev-parse", "HEAD") or "").strip() or None,
+        "uncommitted_changes": None if changes is None else changes.splitlines(),
+    }

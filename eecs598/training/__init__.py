@@ -1,0 +1,1 @@
+"""Settings, optimization, checkpoints and logs of a training run."""

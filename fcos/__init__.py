@@ -1,0 +1,1 @@
+"""The command line of the one-stage detector: ``fcos`` or ``python -m fcos``."""

@@ -1,0 +1,320 @@
+"""The command line, run in this process but for its start-up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+import torch
+
+from eecs598.training.settings import Settings
+from fcos import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = ["--weights", "none", "--iters", "2", "--batch-size", "4", "--image-size", "64"]
+SMALL += ["--fpn-channels", "8", "--stem", "8", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A tiny set of shapes, and a run on it."""
+    folder = tmp_path_factory.mktemp("fcos")
+    shapes = ["data", "shapes", str(folder / "shapes"), "--train", "6", "--val", "6"]
+    assert cli.main(shapes) == 0
+    train = ["train", "--data", str(folder / "shapes"), "--out", str(folder / "run"), *SMALL]
+    assert cli.main(train) == 0
+    return folder
+
+
+def test_help_does_not_import_what_is_heavy():
+    script = (
+        "import sys; from fcos import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "score" in done.stdout
+
+
+def test_train_leaves_what_it_says(run_folder):
+    names = {path.name for path in (run_folder / "run").iterdir()}
+    assert names == {
+        "best.pt",
+        "checkpoint.pt",
+        "history.json",
+        "history.jsonl",
+        "loss.png",
+        "metrics.json",
+        "run.json",
+        "ap.png",
+        "detections.png",
+        "report.html",
+        "detection-results",
+        "ground-truth",
+    }
+    metrics = json.loads((run_folder / "run/metrics.json").read_text())
+    assert 0 <= metrics["mAP"] <= 1 and set(metrics["AP"]) <= set(metrics["num_detections"])
+    assert metrics["score_thresh"] == 0.05 and metrics["split"] == "val"
+    assert len(json.loads((run_folder / "run/history.json").read_text())["loss"]) == 2
+    checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["settings"]["image_size"] == 64 and "ball" in checkpoint["classes"]
+    description = json.loads((run_folder / "run/run.json").read_text())
+    assert description["settings"] == checkpoint["settings"]
+    assert description["recipe"] == "handout"
+    contents = description["contents"]
+    assert contents["train"]["images"] == 6 and sum(contents["val"]["objects"].values()) > 6
+    (environment,) = description["environment"]
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert [environment[n] for n in ("device", "processes", "precision")] == ["cpu", 1, "float32"]
+
+
+def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys):
+    checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
+    torch.save(checkpoint["model"], run_folder / "fcos_detector.pt")
+    results = []
+    for name, more in (("run/checkpoint.pt", []), ("fcos_detector.pt", ["--image-size", "64"])):
+        arguments = ["eval", str(run_folder / name), "--data", str(run_folder / "shapes")]
+        arguments += ["--workers", "0", "--json", str(run_folder / "plain.json"), *more]
+        assert cli.main(arguments) == 0
+        results.append(json.loads((run_folder / "plain.json").read_text()))
+        del results[-1]["checkpoint"]
+    assert results[0] == results[1]
+    del checkpoint["model"]["pred_net.pred_cls.weight"]
+    bias = checkpoint["model"]["pred_net.pred_cls.bias"]
+    checkpoint["model"]["pred_net.pred_cls.bias"] = bias.repeat(2)
+    torch.save(checkpoint["model"], run_folder / "other_classes.pt")
+    arguments = ["eval", str(run_folder / "other_classes.pt"), "--data", str(run_folder / "shapes")]
+    assert cli.main(arguments) == 2
+    assert f"knows {2 * len(bias)} classes" in capsys.readouterr().err
+    torch.save({"w": torch.ones(2)}, run_folder / "other_net.pt")
+    arguments = ["eval", str(run_folder / "other_net.pt"), "--data", str(run_folder / "shapes")]
+    assert cli.main(arguments) == 2
+    assert "not one of FCOS" in capsys.readouterr().err
+
+
+def test_a_head_with_norm_and_scales_is_recognised(run_folder):
+    out = run_folder / "normed"
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL]
+    assert cli.main([*train, "--head-norm", "group", "--level-scales", "--stem", "8,16"]) == 0
+    model = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    torch.save(model, run_folder / "normed.pt")
+    arguments = ["eval", str(run_folder / "normed.pt"), "--data", str(run_folder / "shapes")]
+    assert cli.main([*arguments, "--workers", "0", "--image-size", "64"]) == 0
+
+
+def test_resume_keeps_to_the_settings(run_folder, monkeypatch, capsys):
+    out = str(run_folder / "run")
+    assert cli.main(["train", "--resume", "--out", out, "--lr", "0.5"]) == 2
+    message = capsys.readouterr().err
+    assert "lr 0.008" in message and "0.5" in message
+    assert cli.main(["train", "--resume", "--out", out, "--max-grad-norm", "3"]) == 2
+    assert "max_grad_norm None" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--out", out, "--data", "elsewhere"]) == 2
+    assert "elsewhere" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--out", str(run_folder / "nowhere")]) == 2
+    assert "run.json" in capsys.readouterr().err
+    monkeypatch.chdir(run_folder)
+    assert cli.main(["train", "--resume"]) == 2
+    assert "no unfinished training" in capsys.readouterr().err
+
+
+def test_resume_finds_the_latest_training(run_folder, monkeypatch, capsys):
+    monkeypatch.chdir(run_folder)
+    train = ["train", "--data", str(run_folder / "shapes"), *SMALL, "--out", "runs/one"]
+    assert cli.main(train) == 0
+    before = json.loads(Path("runs/one/metrics.json").read_text())
+    Path("runs/one/metrics.json").unlink()  # as if it had been stopped after the last step
+    shutil.copytree(run_folder / "shapes", "moved")
+    resume = ["train", "--resume", "--workers", "0", "--data", "moved", "--eval-every", "7"]
+    assert cli.main(resume) == 0
+    assert "going on with runs/one" in capsys.readouterr().out
+    after = json.loads(Path("runs/one/metrics.json").read_text())
+    assert after == {**before, "data": str(run_folder / "moved"), "environment": ANY}
+    description = json.loads(Path("runs/one/run.json").read_text())
+    assert description["data"] == str(run_folder / "moved")
+    assert description["options"]["eval_every"] == 7
+    assert description["options"]["checkpoint_every"] == 500
+    (Path("moved") / "ImageSets/Main/train.txt").write_text("train_00000\n")
+    assert cli.main(["train", "--resume", "--out", "runs/one"]) == 2
+    assert "has changed" in capsys.readouterr().err
+
+
+def test_every_setting_is_an_option(run_folder, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_data_check(small_voc, tmp_path, capsys):
+    check = ["data", "check", str(small_voc)]
+    assert cli.main([*check, "--json", str(tmp_path / "report.json")]) == 0
+    assert "objects per class" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["images"] == 8
+    (small_voc / "JPEGImages/0000.jpg").write_bytes(b"no image")
+    assert cli.main(check) == 1
+    assert "ERROR" in capsys.readouterr().out
+
+
+def test_train_does_not_write_over_a_run(run_folder, capsys):
+    before = (run_folder / "run/checkpoint.pt").read_bytes()
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(run_folder / "run")]
+    assert cli.main(train) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (run_folder / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_eval_export_and_score_agree(run_folder, capsys):
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--workers", "0"]
+    arguments += ["--data", str(run_folder / "shapes"), "--score-thresh", "0.01"]
+    arguments += ["--export", str(run_folder / "text"), "--json", str(run_folder / "eval.json")]
+    assert cli.main(arguments) == 0
+    evaluated = json.loads((run_folder / "eval.json").read_text())
+    assert sum(evaluated["num_detections"].values()) > 0
+    assert cli.main(["score", str(run_folder / "text"), "--json", str(run_folder / "s.json")]) == 0
+    scored = json.loads((run_folder / "s.json").read_text())
+    assert scored["AP"] == evaluated["AP"] and scored["mAP"] == evaluated["mAP"]
+    assert (run_folder / "text/ap.png").is_file()
+    assert "mAP@0.5" in capsys.readouterr().out
+    assert cli.main(arguments) == 2  # files of two exports would be scored together
+    assert "--export" in capsys.readouterr().err
+
+
+def test_training_images_are_evaluated_whole(run_folder):
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--workers", "0", "--split"]
+    arguments += ["train", "--data", str(run_folder / "shapes"), "--out", str(run_folder / "whole")]
+    assert cli.main(arguments) == 0
+    counts = json.loads((run_folder / "whole/metrics.json").read_text())["num_ground_truth"]
+    contents = json.loads((run_folder / "run/run.json").read_text())["contents"]
+    assert counts == contents["train"]["objects"]  # a crop would lose some
+
+
+def test_eval_writes_a_report_and_compares(run_folder, capsys):
+    checkpoint, data = str(run_folder / "run/checkpoint.pt"), str(run_folder / "shapes")
+    arguments = ["eval", checkpoint, "--data", data, "--workers", "0"]
+    before = set((run_folder / "run").iterdir())
+    assert cli.main(arguments) == 0 and cli.main(arguments) == 0
+    written = set((run_folder / "run").iterdir()) - before
+    assert len(written) == 2  # the second is beside the first
+    for folder in written:
+        assert folder.name.startswith("eval-val")
+        files = {"report.html", "metrics.json", "detection-results", "ground-truth"}
+        assert {path.name for path in folder.iterdir()} == files
+    capsys.readouterr()
+    other = ["--out", str(run_folder / "small"), "--image-size", "48", "--compare"]
+    assert cli.main([*arguments, *other, str(run_folder / "run")]) == 0
+    assert f"against {run_folder / 'run'}, 95 % interval" in capsys.readouterr().out
+    comparison = json.loads((run_folder / "small/metrics.json").read_text())["comparison"]
+    assert comparison["with"] == str(run_folder / "run")
+    assert comparison["low"] <= comparison["high"]
+    report = (run_folder / "small/report.html").read_text(encoding="utf-8")
+    assert f"Compared with {run_folder / 'run'}" in report
+    assert cli.main([*arguments, "--compare", str(run_folder / "shapes")]) == 2
+    assert "ground-truth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_any_command_with_a_word(monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(cli, "_score", lambda args: signal.raise_signal(number))
+    assert cli.main(["score", "x"]) == 128 + number
+    assert capsys.readouterr().err == "fcos: interrupted\n"
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("options", [[], ["--augment", "flip"]], ids=["plain", "augmented"])
+def test_training_is_repeatable_with_images_in_memory_or_not(run_folder, capsys, options):
+    histories = []
+    for where in ("files", "memory"):
+        out = run_folder / "-".join([where, *options])
+        train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL, *options]
+        assert cli.main([*train, "--seed", "3", *(["--cache"] if where == "memory" else [])]) == 0
+        assert ("images in memory: " in capsys.readouterr().out) == (where == "memory")
+        histories.append(json.loads((out / "history.json").read_text()))
+    assert histories[0] == histories[1]
+
+
+def test_train_without_data_uses_the_generated_set(tmp_path, monkeypatch):
+    written = []
+
+    def write_shapes(folder, **counts):
+        written.append(folder)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("eecs598.data.shapes.write_shapes", write_shapes)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["train"]) == 2
+    assert written == [tmp_path / "eecs598-fcos/shapes"]
+
+
+def test_train_refuses_a_start_without_the_pretrained_weights(run_folder, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(run_folder / "no-cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    out = run_folder / "refused"
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out)]
+    assert cli.main([*train, "--workers", "0"]) == 2
+    assert "--weights none" in capsys.readouterr().err
+    assert not (out / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "--data", "/nowhere"], "nowhere"),
+        (["eval", "/nowhere.pt", "--data", "/nowhere"], "is not a file"),
+        (["score", "/nowhere"], "nowhere"),
+        (["data", "shapes", "{}/run"], "run"),
+    ],
+)
+def test_wrong_paths(run_folder, capsys, arguments, words):
+    assert cli.main([a.format(run_folder) for a in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_eval_of_another_model(run_folder, capsys):
+    checkpoint = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["fpn_channels"] = 16
+    torch.save(checkpoint, run_folder / "other.pt")
+    arguments = ["eval", str(run_folder / "other.pt"), "--data", str(run_folder / "shapes")]
+    assert cli.main(arguments) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--iters", "0"],
+        ["train", "--lr", "-1"],
+        ["train", "--stem", "64,x"],
+        ["eval", "c.pt", "--data", "d", "--score-thresh", "1.5"],
+        ["eval", "c.pt", "--data", "d", "--nms-thresh", "-0.1"],
+        ["eval", "c.pt"],
+        [],
+    ],
+)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "expected" in capsys.readouterr().err or len(arguments) in (0, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(run_folder, capsys):
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--device", "cuda"]
+    assert cli.main([*arguments, "--data", str(run_folder / "shapes")]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err

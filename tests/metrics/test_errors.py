@@ -1,0 +1,374 @@
+"""Confusion matrix and the error kinds of TIDE: one constructed case for each, counted by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from eecs598.metrics.average_precision import average_precision, match_detections
+from eecs598.metrics.errors import ERROR_KINDS, analyse_errors, confusion_matrix
+from tests.evaluations import one_image
+
+NAMES = ["cat", "dog"]
+CAT, DOG = 0, 1
+A, B, FAR = (0, 0, 9, 9), (20, 0, 29, 9), (60, 60, 69, 69)
+HALF_A = (0, 0, 9, 4)  # overlaps A by exactly 0.5
+THIRD_A = (0, 0, 9, 2)  # by 0.3
+TENTH_A = (0, 0, 9, 0)  # by exactly 0.1
+NEAR_A = (9, 9, 18, 18)  # by one pixel of 199
+
+
+def call(*images: tuple[dict, dict]) -> tuple[list[dict], list[dict], list[str]]:
+    return [entry[0] for entry in images], [entry[1] for entry in images], NAMES
+
+
+def random_call(seed: int, num_images: int = 20) -> tuple[list[dict], list[dict], list[str]]:
+    """Few places and scores, so that every kind and every tie comes up."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(num_images):
+        truths = [
+            (int(rng.integers(2)), (x, 0, x + 9, 9), bool(rng.random() < 0.2))
+            for x in rng.choice([0, 3, 20, 40], rng.integers(4))
+        ]
+        detections = []
+        for x in rng.choice([0, 2, 4, 7, 20, 26, 60], rng.integers(6)):
+            score = float(rng.choice([0.25, 0.5, 0.75, rng.random()]))
+            detections.append((int(rng.integers(2)), score, (x, 0, x + 9, rng.choice([4, 9]))))
+        images.append(one_image(detections, truths))
+    images.append(one_image([], [(CAT, A), (DOG, A)]))
+    return call(*images)
+
+
+# ---------------------------------------------------------------------------------------------
+# Error kinds. Each case: detections, ground truth, their kinds, which truth is missed, the mAP,
+# and the gains that are not 0.
+# ---------------------------------------------------------------------------------------------
+
+CASES = {
+    # The dog is named a cat: cat 1/2 (the false one first), dog 0. Corrected: both 1.
+    "class": (
+        [(CAT, 0.9, B), (CAT, 0.8, A)],
+        [(CAT, A), (DOG, B)],
+        ["class", "true"],
+        [False, False],
+        1 / 4,
+        # Without false positives cat is 1. Without the box of the dog, dog is 1, as nothing is
+        # left to be found or to be false.
+        {"class": 3 / 4, "false positives": 1 / 4, "false negatives": 1 / 2},
+    ),
+    # The dog is found only by its upper third.
+    "localisation": (
+        [(CAT, 0.9, B), (DOG, 0.8, THIRD_A)],
+        [(CAT, B), (DOG, A)],
+        ["true", "localisation"],
+        [False, False],
+        1 / 2,
+        # Without its box the dog has a false positive and nothing true: 0.
+        {"localisation": 1 / 2},
+    ),
+    # A cat over the dog's upper third, ahead of the cat's own detection. The dog is missed.
+    "both": (
+        [(CAT, 0.9, THIRD_A), (CAT, 0.8, B)],
+        [(DOG, A), (CAT, B)],
+        ["both", "true"],
+        [True, False],
+        1 / 4,
+        {"both": 1 / 4, "missed": 1 / 2, "false positives": 1 / 4, "false negatives": 1 / 2},
+    ),
+    # Precision 1, 1/2, 2/3 over two cats: (1 + 2/3) / 2 = 5/6.
+    "duplicate": (
+        [(CAT, 0.9, A), (CAT, 0.8, A), (CAT, 0.7, B)],
+        [(CAT, A), (CAT, B)],
+        ["true", "duplicate", "true"],
+        [False, False],
+        5 / 6,
+        {"duplicate": 1 / 6, "false positives": 1 / 6},
+    ),
+    # Precision 0, 1/2; the first touches the box by one pixel.
+    "background": (
+        [(CAT, 0.9, NEAR_A), (CAT, 0.8, A)],
+        [(CAT, A)],
+        ["background", "true"],
+        [False],
+        1 / 2,
+        {"background": 1 / 2, "false positives": 1 / 2},
+    ),
+    # Precision 1, 1/2, 2/3 at recall 1/3, 1/3, 2/3: 5/9. Of two boxes instead of three: 5/6.
+    "missed": (
+        [(CAT, 0.9, A), (CAT, 0.8, FAR), (CAT, 0.7, B)],
+        [(CAT, A), (CAT, B), (CAT, (40, 0, 49, 9))],
+        ["true", "background", "true"],
+        [False, False, True],
+        5 / 9,
+        {
+            "background": 1 / 9,
+            "missed": 5 / 6 - 5 / 9,
+            "false positives": 1 / 9,
+            "false negatives": 5 / 6 - 5 / 9,
+        },
+    ),
+    # The match of the difficult box counts neither way, and nobody misses the other one.
+    "ignored": (
+        [(CAT, 0.9, B), (CAT, 0.8, A)],
+        [(CAT, A), (CAT, B, True), (CAT, FAR, True)],
+        ["ignored", "true"],
+        [False, False, False],
+        1,
+        {},
+    ),
+    # Exactly 0.5 is a match, exactly 0.1 is not background.
+    "exact thresholds": (
+        [(CAT, 0.9, HALF_A), (DOG, 0.8, HALF_A), (DOG, 0.7, TENTH_A), (CAT, 0.6, TENTH_A)],
+        [(CAT, A)],
+        ["true", "class", "both", "localisation"],
+        [False],
+        1,
+        {},
+    ),
+    # The wrong name has the higher score, so it is put right and the other removed: before the
+    # false dog instead of after it. Dog 1/2 becomes 1, and cat, less a false positive, also.
+    "class, of a box found by another with a lower score": (
+        [(CAT, 0.9, A), (DOG, 0.7, FAR), (DOG, 0.5, A), (CAT, 0.4, B)],
+        [(DOG, A), (CAT, B)],
+        ["class", "background", "true", "true"],
+        [False, False],
+        1 / 2,
+        {"class": 1 / 2, "background": 1 / 4, "false positives": 1 / 2},
+    ),
+    # With a lower score it is removed itself.
+    "class, of a box found by another with a higher score": (
+        [(DOG, 0.9, A), (CAT, 0.8, A), (CAT, 0.7, B)],
+        [(DOG, A), (CAT, B)],
+        ["true", "class", "true"],
+        [False, False],
+        3 / 4,
+        {"class": 1 / 4, "false positives": 1 / 4},
+    ),
+    # Precision 0, 0, 1/3. Put right, the first is true ahead of the false one, the last removed.
+    "localisation, of a box found by another with a lower score": (
+        [(CAT, 0.9, THIRD_A), (CAT, 0.8, FAR), (CAT, 0.7, A)],
+        [(CAT, A)],
+        ["localisation", "background", "true"],
+        [False],
+        1 / 3,
+        {"localisation": 2 / 3, "background": 1 / 6, "false positives": 2 / 3},
+    ),
+    # Precision 0, 0, 1/3 of two. Put right, the first is true and the second removed.
+    "two localisations of a box": (
+        [(CAT, 0.9, THIRD_A), (CAT, 0.8, TENTH_A), (CAT, 0.7, B)],
+        [(CAT, A), (CAT, B)],
+        ["localisation", "localisation", "true"],
+        [False, False],
+        1 / 6,
+        {"localisation": 5 / 6, "false positives": 1 / 3, "false negatives": 1 / 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_kinds_by_hand(case):
+    detections, truths, kinds, missed, base, gains = CASES[case]
+    result = analyse_errors(*call(one_image(detections, truths)))
+    assert result.kinds == [kinds]
+    assert [part.tolist() for part in result.missed] == [missed]
+    assert result.map == pytest.approx(base)
+    expected = {name: kinds.count(name) for name in ("true", "ignored", *ERROR_KINDS)}
+    assert result.counts == {**expected, "missed": sum(missed)}
+    everything = {
+        **result.gains,
+        "false positives": result.gains_false_positives,
+        "false negatives": result.gains_false_negatives,
+    }
+    assert list(result.gains) == list(ERROR_KINDS)
+    assert everything == pytest.approx({name: gains.get(name, 0) for name in everything})
+
+
+def test_what_an_error_is_about():
+    first = one_image(
+        [(DOG, 0.9, A), (CAT, 0.8, A), (CAT, 0.95, A), (CAT, 0.7, FAR), (CAT, 0.6, THIRD_A)],
+        [(CAT, B), (CAT, A), (DOG, B)],
+    )
+    second = one_image([(DOG, 0.5, THIRD_A), (CAT, 0.4, B)], [(CAT, B, True), (CAT, A)])
+    result = analyse_errors(*call(first, one_image([], []), second, one_image([], [(DOG, A)])))
+    assert result.kinds == [
+        ["class", "duplicate", "true", "background", "localisation"],
+        [],
+        ["both", "ignored"],
+        [],
+    ]
+    assert [part.tolist() for part in result.concerns] == [[1, 1, 1, -1, 1], [], [1, 0], []]
+    overlaps = [part.tolist() for part in result.overlaps]
+    assert overlaps == [pytest.approx([1, 1, 1, -1, 0.3]), [], pytest.approx([0.3, 1]), []]
+    everywhere = [[True, False, True], [], [False, True], [True]]
+    assert [part.tolist() for part in result.undetected] == everywhere
+    assert [part.tolist() for part in result.missed] == everywhere  # each error has a found box
+    assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+    assert set(result.to_dict()) >= {"counts", "gains", "map"}
+
+
+@pytest.mark.parametrize(
+    ("detections", "truths", "kind"),
+    [
+        # A dog's box and 30 % of a cat's: the framing comes first.
+        ([(CAT, 0.9, A)], [(CAT, (0, 7, 9, 16)), (DOG, A)], "localisation"),
+        # On a dog, and on a cat that is taken: the name comes first.
+        ([(CAT, 0.95, A), (CAT, 0.9, A)], [(CAT, A), (DOG, A)], "class"),
+        # 30 % of a dog, and on a cat that is taken.
+        ([(CAT, 0.95, A), (CAT, 0.9, A)], [(CAT, A), (DOG, THIRD_A)], "duplicate"),
+        # Of a difficult dog nothing is seen.
+        ([(CAT, 0.9, A)], [(DOG, A, True), (CAT, B)], "background"),
+        ([(CAT, 0.9, THIRD_A)], [(CAT, A, True), (CAT, B)], "background"),
+    ],
+)
+def test_the_first_kind_that_fits(detections, truths, kind):
+    assert analyse_errors(*call(one_image(detections, truths))).kinds[0][-1] == kind
+
+
+def test_other_thresholds_move_the_kinds():
+    arguments = call(one_image([(CAT, 0.9, THIRD_A)], [(CAT, A)]))
+    assert analyse_errors(*arguments, 0.3).kinds == [["true"]]
+    assert analyse_errors(*arguments, background_threshold=0.4).kinds == [["background"]]
+    # Boxes that share nothing are background even then.
+    arguments = call(one_image([(CAT, 0.9, FAR)], [(CAT, A)]))
+    assert analyse_errors(*arguments, background_threshold=0).kinds == [["background"]]
+    with pytest.raises(ValueError, match=r"background_threshold must be in 0..iou_threshold"):
+        analyse_errors(*arguments, background_threshold=0.6)
+
+
+def test_a_detector_that_finds_nothing_misses_everything():
+    result = analyse_errors(*call(one_image([], [(CAT, A), (DOG, B)]), one_image([], [])))
+    assert result.kinds == [[], []]
+    assert result.counts["missed"] == 2
+    assert (result.map, result.gains["missed"], result.gains_false_negatives) == (0, 1, 1)
+    # Finding only what is not there is no better for a shorter list of boxes.
+    result = analyse_errors(*call(one_image([(CAT, 0.5, FAR)], [(CAT, A)])))
+    assert (result.map, result.gains["missed"], result.gains_false_negatives) == (0, 0, 0)
+    with pytest.raises(ValueError, match="no ground truth"):
+        analyse_errors(*call(one_image([(CAT, 0.5, FAR)], [])))
+
+
+def test_properties_of_random_errors():
+    seen: set[str] = set()
+    for seed in range(20):
+        arguments = random_call(seed)
+        result = analyse_errors(*arguments)
+        scores = average_precision(*arguments)
+        assert result.map == scores["mAP"]
+        true, false = (sum(scores[f"{column}_positives"].values()) for column in ("true", "false"))
+        assert result.counts["true"] == true
+        errors = [name for name in ERROR_KINDS if name != "missed"]
+        assert sum(result.counts[name] for name in errors) == false
+        undetected = sum(part.sum() for part in result.undetected)
+        assert undetected == sum(scores["num_ground_truth"].values()) - true
+        for missed, lost in zip(result.missed, result.undetected, strict=True):
+            assert not (missed & ~lost).any()
+        assert all(-1e-12 < gain <= 1 - result.map + 1e-12 for gain in result.gains.values())
+        removals = max(result.gains[name] for name in ("both", "duplicate", "background"))
+        assert result.gains_false_positives >= removals - 1e-12
+        assert result.gains_false_negatives >= result.gains["missed"] - 1e-12
+        # Without false positives the detections score as those of a detector that never had them.
+        kept = [
+            {key: value[np.array(kinds, dtype=str) == "true"] for key, value in prediction.items()}
+            for prediction, kinds in zip(arguments[0], result.kinds, strict=True)
+        ]
+        without = average_precision(kept, *arguments[1:])["mAP"]
+        assert result.gains_false_positives == pytest.approx(without - result.map)
+        seen |= {name for name, count in result.counts.items() if count}
+    assert seen == {"true", "ignored", *ERROR_KINDS}
+
+
+def test_the_order_of_images_does_not_matter_without_equal_scores():
+    predictions, targets, names = random_call(100)
+    rng = np.random.default_rng(0)
+    for prediction in predictions:
+        prediction["scores"] = rng.random(len(prediction["scores"]))
+    forward = analyse_errors(predictions, targets, names)
+    backward = analyse_errors(predictions[::-1], targets[::-1], names)
+    assert backward.to_dict() == forward.to_dict()
+    assert backward.kinds == forward.kinds[::-1]
+    assert [part.tolist() for part in backward.missed[::-1]] == [
+        part.tolist() for part in forward.missed
+    ]
+    matrix = confusion_matrix(predictions, targets, names)
+    assert np.array_equal(confusion_matrix(predictions[::-1], targets[::-1], names), matrix)
+
+
+# ---------------------------------------------------------------------------------------------
+# Confusion matrix
+# ---------------------------------------------------------------------------------------------
+
+MATRICES = {
+    "right, wrong, invented, missed": (
+        [(CAT, 0.9, A), (CAT, 0.8, B), (DOG, 0.7, FAR)],
+        [(CAT, A), (DOG, B), (DOG, (40, 0, 49, 9))],
+        [[1, 0, 0], [1, 0, 1], [0, 1, 0]],
+    ),
+    # The higher score takes the box although its class is wrong.
+    "two of one box": (
+        [(CAT, 0.8, A), (DOG, 0.9, A)],
+        [(CAT, A)],
+        [[0, 1, 0], [0, 0, 0], [1, 0, 0]],
+    ),
+    # The second falls back on the box still free, which it overlaps by 90 / 110.
+    "second choice": (
+        [(CAT, 0.9, A), (CAT, 0.8, A)],
+        [(CAT, A), (CAT, (0, 1, 9, 10))],
+        [[2, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ),
+    # By 90 / 110 on a box of its class, exactly on one of the other.
+    "most overlap": (
+        [(CAT, 0.9, A)],
+        [(CAT, (0, 1, 9, 10)), (DOG, A)],
+        [[0, 0, 1], [1, 0, 0], [0, 0, 0]],
+    ),
+    "equal overlaps take the own class": (
+        [(DOG, 0.9, A), (CAT, 0.8, A)],
+        [(CAT, A), (DOG, A)],
+        [[1, 0, 0], [0, 1, 0], [0, 0, 0]],
+    ),
+    "too little overlap": (
+        [(CAT, 0.9, THIRD_A)],
+        [(CAT, A)],
+        [[0, 0, 1], [0, 0, 0], [1, 0, 0]],
+    ),
+    "exactly the threshold": ([(CAT, 0.4, HALF_A)], [(CAT, A)], [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
+    "too low a score": ([(CAT, 0.39, A)], [(CAT, A)], [[0, 0, 1], [0, 0, 0], [0, 0, 0]]),
+    # Any number of detections, of any class, and none.
+    "difficult": (
+        [(CAT, 0.9, A), (DOG, 0.8, A), (CAT, 0.7, A)],
+        [(CAT, A, True), (DOG, B, True)],
+        [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ),
+    "no ground truth": ([(DOG, 0.9, A)], [], [[0, 0, 0], [0, 0, 0], [0, 1, 0]]),
+    "no detections": ([], [(DOG, A)], [[0, 0, 0], [0, 0, 1], [0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("case", MATRICES)
+def test_confusion_matrix_by_hand(case):
+    detections, truths, expected = MATRICES[case]
+    matrix = confusion_matrix(*call(one_image(detections, truths)))
+    assert matrix.dtype == np.int64
+    assert matrix.tolist() == expected
+    twice = confusion_matrix(
+        *call(one_image(detections, truths), one_image([], []), one_image(detections, truths))
+    )
+    assert np.array_equal(twice, 2 * matrix)
+
+
+def test_rows_and_columns_add_up():
+    for seed in range(5):
+        arguments = random_call(seed)
+        matrix = confusion_matrix(*arguments, score_threshold=0.5)
+        matches = match_detections(*arguments)
+        assert matrix[:-1].sum(axis=1).tolist() == matches.num_ground_truth.tolist()
+        # Columns are the detections but for those on difficult boxes.
+        kept = np.bincount(matches.label[matches.score >= 0.5], minlength=2)
+        assert (matrix[:, :-1].sum(axis=0) <= kept).all()
+        easy = [{**target, "difficult": None} for target in arguments[1]]
+        matrix = confusion_matrix(arguments[0], easy, NAMES, score_threshold=0.5)
+        assert matrix[:, :-1].sum(axis=0).tolist() == kept.tolist()
+        assert matrix[-1, -1] == 0

@@ -1,0 +1,97 @@
+"""All metrics of an evaluation together, and the comparison of two."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from eecs598.metrics.average_precision import read_text_format, score_folder
+from eecs598.metrics.evaluation import image_names
+from eecs598.report.analysis import analyse, compare
+from tests.evaluations import export, make_evaluation
+
+
+def test_the_metrics_of_an_evaluation_by_hand(tmp_path):
+    metrics = analyse(make_evaluation(tmp_path)).metrics
+    # cat: 2 objects, one found by the first of 4 detections; the other class finds nothing.
+    assert metrics["AP"] == {"cat": 0.5, "a < b": 0.0}
+    assert metrics["mAP"] == 0.25
+    assert metrics["mAP_11_point"] == pytest.approx(6 / 11 / 2)  # recalls 0 to 0.5, precision 1
+    # At 0.9 there is one true detection and no false one, of 4 objects: F1 = 2 / (1 + 4).
+    assert metrics["best_threshold"] == pytest.approx(0.9)
+    assert metrics["best_f1"] == pytest.approx(0.4)
+    assert metrics["confusion_matrix"] == [[1, 0, 1], [0, 0, 2], [0, 0, 0]]
+    counts = metrics["errors"]["counts"]
+    assert [counts[kind] for kind in ("duplicate", "class", "localisation", "both")] == [1] * 4
+    assert counts["background"] == 1 and counts["missed"] == 1
+    low, high = metrics["interval"]
+    assert low <= metrics["mAP"] <= high
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_an_evaluation_without_detections(tmp_path):
+    metrics = analyse(make_evaluation(tmp_path, drop=("first", "second", "fourth"))).metrics
+    assert metrics["mAP"] == 0 and metrics["best_threshold"] is None
+    assert metrics["smells"]  # nothing detected at all
+
+
+def test_a_comparison_with_itself_shows_no_difference(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    folder = export(evaluation, tmp_path / "run")
+    comparison = compare(evaluation, read_text_format(folder), "the other")
+    assert comparison.name == "the other"
+    result = comparison.difference
+    assert (result.difference, result.low, result.high, result.exceeds) == (0, 0, 0, False)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_comparison_may_be_with_another_image_size(tmp_path, scale):
+    folder = export(make_evaluation(tmp_path, scale, drop=("first",)), tmp_path / "run")
+    comparison = compare(make_evaluation(tmp_path), read_text_format(folder), "run")
+    assert comparison.other["AP"]["cat"] == score_folder(folder)["AP"]["cat"] == 0
+    assert comparison.difference.difference == pytest.approx(0.25)
+
+
+def test_comparisons_that_make_no_sense_are_refused(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    folder = export(evaluation, tmp_path / "run")
+    (folder / "ground-truth" / "first.txt").write_text("cat 1 2 3 4\n")
+    with pytest.raises(ValueError, match="first .* other objects"):
+        compare(evaluation, read_text_format(folder), "run")
+    (folder / "ground-truth" / "first.txt").write_text("cat 60 10 90 50\na < b 60 60 90 90\n")
+    with pytest.raises(ValueError, match="first .* other objects"):  # one is elsewhere
+        compare(evaluation, read_text_format(folder), "run")
+    (folder / "ground-truth" / "first.txt").write_text("dog 1 2 3 4\n")
+    with pytest.raises(ValueError, match="dog"):
+        compare(evaluation, read_text_format(folder), "run")
+    less = dataclasses.replace(
+        evaluation,
+        **{
+            name: getattr(evaluation, name)[1:]
+            for name in ("image_paths", "image_sizes", "predictions", "targets")
+        },
+    )
+    with pytest.raises(ValueError, match="4 images and this evaluation 3; 1 .* first in all"):
+        compare(less, read_text_format(export(evaluation, tmp_path / "all")), "all")
+
+
+def test_images_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    names = image_names(["/data/a/1.png", "/data/b/1.png", "/data/b/2.png"])
+    assert names == ["a__1.png", "b__1.png", "b__2.png"]
+    assert image_names(["/data/a/1.png", "/data/b/2.png"]) == ["1", "2"]
+    evaluation = make_evaluation(tmp_path)
+    paths = [f"{tmp_path}/{number}/same.png" for number in range(4)]
+    evaluation = dataclasses.replace(evaluation, image_paths=paths)
+    folder = export(evaluation, tmp_path / "run")
+    assert score_folder(folder)["mAP"] == 0.25
+    assert compare(evaluation, read_text_format(folder), "run").difference.difference == 0
+
+
+def test_numbers_that_are_none_are_explained(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    evaluation.predictions[0]["scores"][1] = math.nan
+    with pytest.raises(ValueError, match="(?s)must be finite.*NaN"):
+        analyse(evaluation)
