@@ -24,11 +24,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from common import check_training_batch
-from eecs598.data.augment import Augmentation
-from eecs598.data.image_cache import ImageCache
-from eecs598.data.images import (
+from eecs598.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    VOC2007_CLASSES,
+    Augmentation,
+    ImageCache,
+    Sample,
+    download_voc2007,
+    load_index,
     normalized,
     read_image,
     resize_shorter_side,
@@ -36,27 +40,24 @@ from eecs598.data.images import (
     stored_size,
     to_pixels,
 )
-from eecs598.data.index import load_index
-from eecs598.data.sampling import Sample
-from eecs598.data.voc import VOC2007_CLASSES, download_voc2007
-from eecs598.metrics.average_precision import write_text_format
-from eecs598.metrics.evaluation import Evaluation
-from eecs598.runtime.distributed import (
+from eecs598.metrics import Evaluation, write_text_format
+from eecs598.runtime import (
     broadcast_buffers,
     gather,
     is_main_process,
     mean_over_processes,
     num_processes,
     rank,
+    replacing,
 )
-from eecs598.runtime.files import replacing
-from eecs598.training.optimization import (
+from eecs598.training import (
+    TrainingRun,
+    ignore_signals,
     learning_rate_factor,
     make_optimizer,
     mixed_precision,
     weight_average,
 )
-from eecs598.training.run import TrainingRun, ignore_signals
 from eecs598.utils import detection_visualizer, in_notebook_or_window
 
 __all__ = [

@@ -35,7 +35,7 @@ from common import (
     class_spec_nms,
     get_fpn_location_coords,
 )
-from eecs598.runtime.distributed import mean_over_processes
+from eecs598.runtime import mean_over_processes
 
 __all__ = [
     "FCOS",

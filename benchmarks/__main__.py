@@ -16,7 +16,7 @@ import platform
 import torch
 
 from benchmarks.timing import table
-from eecs598.runtime.environment import package_versions, processor_name
+from eecs598.runtime import package_versions, processor_name
 
 MODULES = (
     "nms",

@@ -19,8 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eecs598.metrics.average_precision import read_text_format
-from eecs598.metrics.bootstrap import bootstrap_difference
+from eecs598.metrics import bootstrap_difference, read_text_format
 
 ADAMW = ["--optimizer", "adamw", "--lr", "5e-4", "--weight-decay", "0.05"]
 # The row "AdamW and GIoU" without pretraining. SGD at 8e-3 ends in NaN from there.

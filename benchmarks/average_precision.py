@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Row, side_by_side
-from eecs598.metrics.average_precision import average_precision, score_folder, write_text_format
+from eecs598.metrics import average_precision, score_folder, write_text_format
 
 NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES = 2510, 24_000, 20
 

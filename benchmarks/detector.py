@@ -21,7 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 
 from benchmarks.timing import Row, side_by_side
-from eecs598.training.optimization import mixed_precision, precision_name
+from eecs598.training import mixed_precision, precision_name
 from one_stage_detector import FCOS
 
 BATCH_SIZE, SIDE, NUM_CLASSES, WIDTH, STEM = 16, 224, 20, 128, (128, 128)

@@ -27,8 +27,8 @@ from benchmarks.detector import BATCH_SIZE, SIDE, channels_last, make_detector, 
 from benchmarks.nms import random_boxes
 from benchmarks.timing import seconds_of
 from common import nms
-from eecs598.metrics.average_precision import average_precision
-from eecs598.training.optimization import precision_name
+from eecs598.metrics import average_precision
+from eecs598.training import precision_name
 
 REPETITIONS = 5
 

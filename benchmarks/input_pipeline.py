@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from a4_helper import VOC2007DetectionTiny
 from benchmarks.timing import Row, side_by_side
-from eecs598.data.images import IMAGENET_MEAN, IMAGENET_STD
+from eecs598.data import IMAGENET_MEAN, IMAGENET_STD
 
 SIDE = 224
 DATA = Path(__file__).resolve().parents[2] / "shared" / "voc2007-original"

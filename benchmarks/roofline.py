@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.detector import BATCH_SIZE, SIDE, batch, channels_last, make_detector, training_step
 from benchmarks.timing import Row, seconds_of, side_by_side
-from eecs598.training.optimization import network_dtype, precision_name
+from eecs598.training import network_dtype, precision_name
 
 SIZES = (1024, 2048, 4096)
 

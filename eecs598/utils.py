@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eecs598.runtime.files import replacing
+from eecs598.runtime import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

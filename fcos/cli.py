@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from a4_helper import VOC2007DetectionTiny
-    from eecs598.metrics.evaluation import Evaluation
-    from eecs598.report.analysis import Comparison
-    from eecs598.training.settings import Settings
+    from eecs598.metrics import Evaluation
+    from eecs598.report import Comparison
+    from eecs598.training import Settings
     from one_stage_detector import FCOS
 
 # Average precision is the area under the whole curve, so evaluation keeps detections with low
@@ -117,7 +117,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from eecs598.training.settings import RECIPES
+    from eecs598.training import RECIPES
 
     parser.description = (
         "Train a detector and evaluate it. Without --data, on the generated set. The "
@@ -165,7 +165,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
-    from eecs598.training.settings import RECIPES
+    from eecs598.training import RECIPES
 
     parser.description = (
         "Evaluate a trained detector. The folder of the evaluation gets report.html, "
@@ -200,7 +200,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_options(parser: argparse.ArgumentParser) -> None:
-    from eecs598.training.settings import RECIPES
+    from eecs598.training import RECIPES
 
     parser.description = (
         "Detect objects in image files: a picture of each with its boxes, and all "
@@ -311,7 +311,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     """An option for each setting; only those that are given end up among the arguments."""
     import dataclasses
 
-    from eecs598.training.settings import Settings
+    from eecs598.training import Settings
 
     group = parser.add_argument_group("settings", "in place of those of the recipe")
     for field in dataclasses.fields(Settings):
@@ -333,7 +333,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _setting_parser(name: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        from eecs598.training.settings import parse_setting
+        from eecs598.training import parse_setting
 
         try:
             return parse_setting(name, text)
@@ -422,8 +422,8 @@ def _checked(kind, text: str, accepts, expected: str):
 
 
 def _train(args: argparse.Namespace) -> int:
-    from eecs598.runtime.distributed import is_main_process, process_group
-    from eecs598.training.run import TrainingStopped
+    from eecs598.runtime import is_main_process, process_group
+    from eecs598.training import TrainingStopped
 
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(process_group(_device(args.device)))
@@ -443,13 +443,10 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
 
     from a4_helper import AugmentedTrainingSet, plot_losses, train_detector
     from eecs598 import reset_seed
-    from eecs598.data.sampling import TrainingSampler
-    from eecs598.metrics.average_precision import average_precision, check_class_names
-    from eecs598.runtime.distributed import gather, is_main_process, num_processes, rank
-    from eecs598.runtime.files import claimed, write_json
-    from eecs598.training.optimization import precision_name
-    from eecs598.training.run import TrainingRun, ignore_signals
-    from eecs598.training.settings import Settings
+    from eecs598.data import TrainingSampler
+    from eecs598.metrics import average_precision, check_class_names
+    from eecs598.runtime import claimed, gather, is_main_process, num_processes, rank, write_json
+    from eecs598.training import Settings, TrainingRun, ignore_signals, precision_name
 
     description = _resumed(args) if args.resume else _new_run(args)
     out, data, classes = Path(description["out"]), description["data"], description["classes"]
@@ -577,10 +574,9 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
 
 def _new_run(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a training before it starts; its folder is made."""
-    from eecs598.data.index import class_names
-    from eecs598.runtime.distributed import gather, is_main_process
-    from eecs598.runtime.environment import describe_environment
-    from eecs598.training.settings import from_recipe
+    from eecs598.data import class_names
+    from eecs598.runtime import describe_environment, gather, is_main_process
+    from eecs598.training import from_recipe
 
     recipe = args.recipe or ("shapes" if args.data is None else "handout")
     settings = from_recipe(recipe, **_given_settings(args))
@@ -598,8 +594,8 @@ def _new_run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _resumed(args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a training that was stopped."""
-    from eecs598.runtime.environment import describe_environment
-    from eecs598.training.settings import RECIPES
+    from eecs598.runtime import describe_environment
+    from eecs598.training import RECIPES
 
     if args.out is not None:
         out = Path(args.out)
@@ -640,7 +636,7 @@ def _resumed(args: argparse.Namespace) -> dict[str, Any]:
 def _given_settings(args: argparse.Namespace) -> dict[str, Any]:
     import dataclasses
 
-    from eecs598.training.settings import Settings
+    from eecs598.training import Settings
 
     return _given(args, [field.name for field in dataclasses.fields(Settings)])
 
@@ -651,10 +647,9 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from eecs598.metrics.average_precision import read_text_format
-    from eecs598.metrics.evaluation import image_names
-    from eecs598.report.analysis import check_comparable, compare
-    from eecs598.runtime.files import write_json
+    from eecs598.metrics import image_names, read_text_format
+    from eecs598.report import check_comparable, compare
+    from eecs598.runtime import write_json
 
     detector, settings, classes = _load_detector(args)
     device = _device(args.device)
@@ -700,10 +695,10 @@ def _predict(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
-    from eecs598.data.images import ImageFiles, find_images, read_image
-    from eecs598.deploy.prediction import detect, picture_names, to_json, write_picture
-    from eecs598.runtime.files import write_json
-    from eecs598.training.run import ignore_signals
+    from eecs598.data import ImageFiles, find_images, read_image
+    from eecs598.deploy import detect, picture_names, to_json, write_picture
+    from eecs598.runtime import write_json
+    from eecs598.training import ignore_signals
 
     paths = find_images(args.images)
     detector, settings, classes = _load_detector(args)
@@ -765,8 +760,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from eecs598.metrics.average_precision import score_folder
-    from eecs598.metrics.diagnostics import find_folder_smells
+    from eecs598.metrics import find_folder_smells, score_folder
 
     figure = args.figure if args.figure is not None else Path(args.folder) / "ap.png"
     _report(score_folder(args.folder), json_path=args.json, figure_path=figure)
@@ -775,8 +769,8 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _data_check(args: argparse.Namespace) -> int:
-    from eecs598.data.check import check_data, format_report
-    from eecs598.runtime.files import write_json
+    from eecs598.data import check_data, format_report
+    from eecs598.runtime import write_json
 
     report = check_data(args.folder)
     print(format_report(report))
@@ -786,23 +780,31 @@ def _data_check(args: argparse.Namespace) -> int:
 
 
 def _data_shapes(args: argparse.Namespace) -> None:
-    from eecs598.data.shapes import write_shapes
+    from eecs598.data import write_shapes
 
     folder = write_shapes(args.folder, num_train=args.train, num_val=args.val, seed=args.seed)
     print(f"{args.train} training and {args.val} validation images in {folder}")
 
 
 def _data_voc2007(args: argparse.Namespace) -> None:
-    from eecs598.data.voc import download_voc2007
+    from eecs598.data import download_voc2007
 
     print(f"PASCAL VOC 2007 in {download_voc2007(args.folder)}")
 
 
 def _grade(args: argparse.Namespace) -> int:
-    from eecs598.grading.reports import Report, format_table, format_text, to_dict, to_gradescope
-    from eecs598.grading.rubric import load_rubric
-    from eecs598.grading.sandbox.runner import Graded, Options, grade_folders
-    from eecs598.runtime.files import write_json
+    from eecs598.grading import (
+        Graded,
+        Options,
+        Report,
+        format_table,
+        format_text,
+        grade_folders,
+        load_rubric,
+        to_dict,
+        to_gradescope,
+    )
+    from eecs598.runtime import write_json
 
     if args.format == "gradescope" and len(args.folders) > 1:
         raise ValueError(
@@ -856,7 +858,7 @@ def _grade(args: argparse.Namespace) -> int:
 
 def _embedded_shapes() -> Path:
     """The generated set in the user's cache folder, drawn on first use."""
-    from eecs598.data.shapes import write_shapes
+    from eecs598.data import write_shapes
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "eecs598-fcos" / "shapes"
@@ -890,7 +892,7 @@ def _device(name: str) -> str:
 def _autocast(device: str, amp: str) -> contextlib.AbstractContextManager:
     import torch
 
-    from eecs598.training.optimization import mixed_precision
+    from eecs598.training import mixed_precision
 
     return mixed_precision(torch.device(device), amp)[0]
 
@@ -920,8 +922,7 @@ def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]
 
     import torch
 
-    from eecs598.training.checkpoint import load_checkpoint
-    from eecs598.training.settings import Settings
+    from eecs598.training import Settings, load_checkpoint
 
     checkpoint = load_checkpoint(args.checkpoint)
     state, classes = checkpoint["model"], checkpoint["classes"]
@@ -950,7 +951,7 @@ def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]
 
 def _settings_of(state: dict[str, Any], args: argparse.Namespace) -> Settings:
     """The settings that the shapes in a plain state dict tell; the backbone is the user's word."""
-    from eecs598.training.settings import Settings
+    from eecs598.training import Settings
 
     def weights(prefix: str) -> list[Any]:
         return [value for name, value in state.items() if name.startswith(prefix)]
@@ -972,8 +973,7 @@ def _settings_of(state: dict[str, Any], args: argparse.Namespace) -> Settings:
 
 def _classes_of(state: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """The class names of a plain state dict: given, those of the data, or VOC's where they fit."""
-    from eecs598.data.index import class_names
-    from eecs598.data.voc import VOC2007_CLASSES
+    from eecs598.data import VOC2007_CLASSES, class_names
 
     count = len(state["pred_net.pred_cls.bias"])
     if getattr(args, "classes", None) is not None:
@@ -1053,8 +1053,7 @@ def _evaluate(
 
 def _export(evaluation: Evaluation, folder: Path) -> None:
     """The text files that `fcos score` and `--compare` read."""
-    from eecs598.metrics.average_precision import write_text_format
-    from eecs598.metrics.evaluation import image_names
+    from eecs598.metrics import image_names, write_text_format
 
     for name, prediction, target in zip(
         image_names(evaluation.image_paths),
@@ -1072,10 +1071,8 @@ def _write_report(
     comparison: Comparison | None = None,
 ) -> dict[str, Any]:
     """``report.html`` and ``metrics.json``; returns what the latter holds."""
-    from eecs598.report.analysis import analyse
-    from eecs598.report.html import write_report
-    from eecs598.runtime.environment import describe_environment
-    from eecs598.runtime.files import write_json
+    from eecs598.report import analyse, write_report
+    from eecs598.runtime import describe_environment, write_json
 
     analysis = analyse(evaluation)
     environment = describe_environment()
@@ -1119,8 +1116,8 @@ def _report(
     json_path: str | Path | None = None,
     figure_path: str | Path | None = None,
 ) -> None:
-    from eecs598.metrics.average_precision import format_table, plot_average_precision
-    from eecs598.runtime.files import write_json
+    from eecs598.metrics import format_table, plot_average_precision
+    from eecs598.runtime import write_json
 
     print(format_table(result))
     if json_path is not None:

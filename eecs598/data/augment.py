@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from eecs598.training.settings import AUGMENTATIONS
+from eecs598.training import AUGMENTATIONS
 
 __all__ = ["Augmentation"]
 

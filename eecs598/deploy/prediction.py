@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from eecs598.data.images import LoadedImage
-from eecs598.runtime.files import replacing
+from eecs598.data import LoadedImage
+from eecs598.runtime import replacing
 
 __all__ = ["class_color", "detect", "draw_detections", "picture_names", "to_json", "write_picture"]
 

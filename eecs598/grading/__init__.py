@@ -1,7 +1,26 @@
 """Grading of other people's solutions of the assignment: checks, points, a sandbox."""
 
 from eecs598.grading.checks.registry import CHECKS, labels_of, run_checks
+from eecs598.grading.reports import Report, format_table, format_text, to_dict, to_gradescope
 from eecs598.grading.result import CheckResult, ProbeResult
+from eecs598.grading.rubric import load_rubric
+from eecs598.grading.sandbox.runner import Graded, Options, grade_folders
 from eecs598.grading.submission import Submission
 
-__all__ = ["CHECKS", "CheckResult", "ProbeResult", "Submission", "labels_of", "run_checks"]
+__all__ = [
+    "CHECKS",
+    "CheckResult",
+    "Graded",
+    "Options",
+    "ProbeResult",
+    "Report",
+    "Submission",
+    "format_table",
+    "format_text",
+    "grade_folders",
+    "labels_of",
+    "load_rubric",
+    "run_checks",
+    "to_dict",
+    "to_gradescope",
+]

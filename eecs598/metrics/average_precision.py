@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from eecs598.runtime.files import replacing
+from eecs598.runtime import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

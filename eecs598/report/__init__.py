@@ -1,1 +1,6 @@
 """The report of an evaluation."""
+
+from eecs598.report.analysis import Comparison, analyse, check_comparable, compare
+from eecs598.report.html import write_report
+
+__all__ = ["Comparison", "analyse", "check_comparable", "compare", "write_report"]

@@ -15,21 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eecs598.metrics.average_precision import (
+from eecs598.metrics import (
+    DifferenceResult,
+    ErrorAnalysis,
+    Evaluation,
     Matches,
     PrecisionRecall,
+    Smell,
     TextFormat,
+    analyse_errors,
     average_precision,
+    bootstrap_difference,
+    bootstrap_map,
+    coco_metrics,
+    confusion_matrix,
     curves_of_matches,
+    find_smells,
+    image_names,
     match_detections,
     precision_recall,
     score_matches,
 )
-from eecs598.metrics.bootstrap import DifferenceResult, bootstrap_difference, bootstrap_map
-from eecs598.metrics.coco import coco_metrics
-from eecs598.metrics.diagnostics import Smell, find_smells
-from eecs598.metrics.errors import ErrorAnalysis, analyse_errors, confusion_matrix
-from eecs598.metrics.evaluation import Evaluation, image_names
 
 __all__ = ["Analysis", "Comparison", "analyse", "check_comparable", "compare"]
 

@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from eecs598.data.images import read_image
-from eecs598.metrics.evaluation import Evaluation
+from eecs598.data import read_image
+from eecs598.metrics import Evaluation
 from eecs598.report.analysis import Analysis, Comparison
-from eecs598.runtime.files import replacing
+from eecs598.runtime import replacing
 
 __all__ = ["figures_html", "write_report"]
 

@@ -1,1 +1,32 @@
 """What every other part stands on: files, hardware and versions, several processes."""
+
+from eecs598.runtime.distributed import (
+    any_process,
+    broadcast_buffers,
+    gather,
+    is_main_process,
+    mean_over_processes,
+    num_processes,
+    process_group,
+    rank,
+)
+from eecs598.runtime.environment import describe_environment, package_versions, processor_name
+from eecs598.runtime.files import claimed, remove_unfinished, replacing, write_json
+
+__all__ = [
+    "any_process",
+    "broadcast_buffers",
+    "claimed",
+    "describe_environment",
+    "gather",
+    "is_main_process",
+    "mean_over_processes",
+    "num_processes",
+    "package_versions",
+    "process_group",
+    "processor_name",
+    "rank",
+    "remove_unfinished",
+    "replacing",
+    "write_json",
+]

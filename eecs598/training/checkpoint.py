@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eecs598.runtime.files import replacing
+from eecs598.runtime import replacing
 
 __all__ = [
     "load_checkpoint",

@@ -21,8 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from eecs598.runtime.distributed import any_process, is_main_process
-from eecs598.runtime.files import remove_unfinished, replacing
+from eecs598.runtime import any_process, is_main_process, remove_unfinished, replacing
 from eecs598.training.checkpoint import (
     load_checkpoint,
     random_states,

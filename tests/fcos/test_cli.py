@@ -252,7 +252,7 @@ def test_train_without_data_uses_the_generated_set(tmp_path, monkeypatch):
         written.append(folder)
         raise ValueError("enough seen")
 
-    monkeypatch.setattr("eecs598.data.shapes.write_shapes", write_shapes)
+    monkeypatch.setattr("eecs598.data.write_shapes", write_shapes)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cli.main(["train"]) == 2
     assert written == [tmp_path / "eecs598-fcos/shapes"]

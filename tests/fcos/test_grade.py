@@ -133,7 +133,7 @@ def test_results_are_saved_before_they_are_printed(
         raise BrokenPipeError("nobody listens")
 
     file.unlink()
-    monkeypatch.setattr("eecs598.grading.reports.format_text", fail)
+    monkeypatch.setattr("eecs598.grading.format_text", fail)
     assert cli.main(["grade", str(folder), "--rubric", rubric, "--json", str(file)]) == 2
     assert len(json.loads(file.read_text())["submissions"]) == 1
 
