@@ -1,12 +1,14 @@
-"""The notebook: what is stored in the file, how it chooses its settings, and one whole run."""
+"""The notebook: what is stored in the file, how it finds the project, and runs of all cells."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,14 +19,13 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-from eecs598.data.shapes import CLASSES, write_shapes
-from eecs598.data.voc import VOC2007_CLASSES, class_names
-from eecs598.training.settings import RECIPES
+from eecs598.data import SHAPES_CLASSES, class_names, write_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "one_stage_detector.ipynb"
 PROJECT_MODULES = ("a4_helper", "common", "eecs598", "one_stage_detector")
 NUM_TRAIN, NUM_VAL = 64, 12
+MAX_LINES = 40
 
 
 def read_notebook() -> nbformat.NotebookNode:
@@ -53,6 +54,14 @@ def test_is_stored_clean():
     assert len(set(ids)) == len(ids)
     for cell in code_cells():
         assert cell.outputs == [] and cell.execution_count is None, cell.id
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert notebook.metadata.language_info == {"name": "python"}  # no version of anybody's Python
+
+
+def test_cells_are_short():
+    lines = {cell.id: len(cell.source.splitlines()) for cell in read_notebook().cells}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+    assert lines["settings"] <= 12
 
 
 def test_every_cell_parses_and_imports_what_exists():
@@ -61,6 +70,8 @@ def test_every_cell_parses_and_imports_what_exists():
         for node in ast.walk(ast.parse(python_of(cell), filename=cell.id)):
             if isinstance(node, ast.ImportFrom) and node.module.startswith(PROJECT_MODULES):
                 module = importlib.import_module(node.module)
+                # What a folder of the library offers, its __init__ names; nobody reaches past it.
+                assert node.module.count(".") <= 1, f"{cell.id}: {node.module}"
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{cell.id}: {node.module}.{alias.name}"
                     imported += 1
@@ -70,8 +81,14 @@ def test_every_cell_parses_and_imports_what_exists():
 def test_takes_the_steps_of_the_assignment_in_order():
     source = "\n".join(cell.source for cell in code_cells())
     steps = (
+        "drive.mount(",
+        "sys.path.append(",
+        "hello_common()",
         "hello_one_stage_detector()",
+        "hello_helper()",
+        "one_stage_detector.py last edited on",
         "torch.cuda.get_device_name()",
+        "NUM_CLASSES = ",
         "VOC2007DetectionTiny(",
         "DataLoader(",
         "next(iter(train_loader))",
@@ -86,14 +103,16 @@ def test_takes_the_steps_of_the_assignment_in_order():
         "sigmoid_focal_loss(",
         "F.l1_loss(",
         "F.binary_cross_entropy_with_logits(",
-        "max_iters=OVERFIT_ITERS",
-        "max_iters=TRAIN_ITERS",
+        "max_iters=settings.overfit_iters",
+        "max_iters=settings.max_iters",
         "torch.save(",
         "torchvision.ops.nms(",
         "torch.load(",
-        "output_dir=EXPORT_DIR",
+        "score_thresh=0.5",
+        "output_dir=settings.export_dir",
         "score_folder(",
         "plot_average_precision(",
+        "Image(filename=",
     )
     positions = [source.find(step) for step in steps]
     assert -1 not in positions, steps[positions.index(-1)]
@@ -101,28 +120,29 @@ def test_takes_the_steps_of_the_assignment_in_order():
 
 
 # --------------------------------------------------------------------------------------------
-# The settings cell
+# The cells that find the project and decide on the settings
 # --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    """Run the settings cell in an empty folder; gives a function that returns its variables."""
+def start(tmp_path, monkeypatch):
+    """Return a function that runs these cells in an empty folder and returns their variables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
     for name in [name for name in os.environ if name.startswith("FCOS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (cell,) = (cell for cell in code_cells() if cell.id == "settings")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    source = "\n".join(cell.source for cell in code_cells() if cell.id in ("project", "settings"))
+    source = source.replace("/content/", f"{tmp_path.as_posix()}/content/")
 
-    def run(cuda: bool = False, **replacements: str) -> dict:
-        source = cell.source.replace("/content/", f"{tmp_path.as_posix()}/content/")
+    def run(**replacements: str) -> dict:
+        edited = source
         for name, value in replacements.items():
-            source, count = re.subn(rf"(?m)^{name} = [^\n]*?(?=  #)", f"{name} = {value}", source)
+            edited, count = re.subn(rf"(?m)^{name} = [^\n]*?(?=  #)", f"{name} = {value}", edited)
             assert count == 1, name
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         variables: dict = {}
-        exec(compile(source, "settings", "exec"), variables)
+        exec(compile(edited, "settings", "exec"), variables)
         return variables
 
     return run
@@ -145,92 +165,80 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
-def test_settings_without_data_or_gpu(settings, tmp_path, capsys):
-    chosen = settings()
-    assert chosen["DATA"] == "shapes" and chosen["SCHEDULE"] == "quick"
-    assert chosen["CLASSES"] == list(CLASSES) and not chosen["DOWNLOAD"]
-    assert chosen["DATA_DIR"] == tmp_path / "cache" / "eecs598-fcos" / "shapes"
-    assert chosen["WEIGHTS"] is None  # no network needed
-    assert chosen["OUTPUT_DIR"] == Path("runs/notebook")
-    assert "random weights" in capsys.readouterr().out
+def test_starts_without_data_or_gpu(start, tmp_path, capsys):
+    (tmp_path / "common.py").touch()
+    variables = start()
+    assert variables["PROJECT_DIR"] == tmp_path and not variables["IN_COLAB"]
+    assert variables["settings"].data == "shapes"
+    assert variables["settings"].weights is None  # no network needed
+    assert Path("runs/notebook").is_dir()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path}: common.py\n") and "random weights" in printed
 
 
-def test_settings_with_a_gpu_keep_the_generated_set_quick(settings):
-    chosen = settings(cuda=True)
-    assert chosen["DEVICE"].type == "cuda"
-    assert (chosen["DATA"], chosen["SCHEDULE"]) == ("shapes", "quick")
+def test_takes_the_edited_settings(start, tmp_path):
+    (tmp_path / "VOCdevkit").mkdir()
+    assert start()["settings"].data_dir == tmp_path
+    settings = start(DATA='"shapes"', SCHEDULE='"full"')["settings"]
+    assert (settings.data, settings.schedule, settings.max_iters) == ("shapes", "full", 9000)
 
 
-@pytest.mark.parametrize("marker", ["VOCdevkit", "voc07_train.json"])
-def test_settings_with_voc_beside_the_notebook(settings, tmp_path, marker):
-    (tmp_path / marker).mkdir() if marker == "VOCdevkit" else (tmp_path / marker).touch()
-    chosen = settings(cuda=True)
-    assert chosen["DATA"] == "voc2007" and chosen["DATA_DIR"] == tmp_path
-    assert not chosen["DOWNLOAD"] and chosen["NUM_CLASSES"] == len(VOC2007_CLASSES)
-    # The assignment's numbers.
-    assert chosen["SCHEDULE"] == "full"
-    assert (chosen["OVERFIT_ITERS"], chosen["OVERFIT_LR"]) == (500, 5e-3)
-    assert (chosen["TRAIN_ITERS"], chosen["IMAGE_SIZE"]) == (9000, 224)
-    assert chosen["RECIPE"] == RECIPES["handout"] and chosen["WARMUP"] == 0
-    assert chosen["SOLVER"]["optimizer"] == "sgd" and chosen["SOLVER"]["max_grad_norm"] is None
-    assert (chosen["FPN_CHANNELS"], chosen["STEM_CHANNELS"]) == (128, (128, 128))
-    assert chosen["WEIGHTS"] == "DEFAULT"
-
-
-def test_settings_take_one_variable_for_voc(settings, tmp_path):
-    chosen = settings(cuda=True, DATA='"voc2007"')
-    assert chosen["DOWNLOAD"] and chosen["DATA_DIR"] == tmp_path
-    assert chosen["SCHEDULE"] == "full" and chosen["CLASSES"] == list(VOC2007_CLASSES)
-
-
-def test_settings_take_a_folder(settings, tmp_path):
-    folder = write_shapes(tmp_path / "data", num_train=4, num_val=2)
-    chosen = settings(DATA=repr(str(folder)))
-    assert chosen["DATA_DIR"] == folder and chosen["GENERATED"]
-    assert 1 <= chosen["NUM_CLASSES"] <= len(CLASSES) and chosen["WEIGHTS"] is None
-
-    (folder / "shapes.json").unlink()  # now as good as anybody's photographs
-    chosen = settings(DATA=repr(str(folder)))
-    assert not chosen["GENERATED"] and chosen["WEIGHTS"] == "DEFAULT"
-    with pytest.raises(ValueError, match="SCHEDULE is 'slow'; expected"):
-        settings(DATA=repr(str(folder)), SCHEDULE='"slow"')
-
-
-def test_settings_in_colab_find_the_project(settings, tmp_path, monkeypatch):
+def test_finds_the_project_in_colab(start, tmp_path, monkeypatch):
     mounted = install_fake_colab(monkeypatch)
     project = make_project(tmp_path / "content" / "drive" / "MyDrive" / "EECS598" / "A4")
-    chosen = settings(cuda=True)
+    variables = start()
+    settings = variables["settings"]
     assert len(mounted) == 1 and mounted[0].endswith("/content/drive")
-    assert chosen["PROJECT_DIR"] == chosen["OUTPUT_DIR"] == project
-    assert not chosen["EXPORT_DIR"].is_relative_to(project)
+    assert variables["PROJECT_DIR"] == settings.output_dir == project
+    assert not settings.export_dir.is_relative_to(project)
     assert str(project) in sys.path
     # A download goes to the machine's own disk; data that is in Drive already is used there.
-    assert chosen["DOWNLOAD"] and chosen["DATA_DIR"] == tmp_path / "content" / "voc2007"
+    assert settings.download and settings.data_dir == Path("/content/voc2007")
     (project / "VOCdevkit").mkdir()
-    chosen = settings(cuda=True)
-    assert not chosen["DOWNLOAD"] and chosen["DATA_DIR"] == project
+    settings = start()["settings"]
+    assert not settings.download and settings.data_dir == project
 
 
-def test_settings_in_colab_say_what_to_do(settings, tmp_path, monkeypatch):
+def test_says_in_colab_what_to_do(start, tmp_path, monkeypatch):
     install_fake_colab(monkeypatch)
     my_drive = tmp_path / "content" / "drive" / "MyDrive"
     my_drive.mkdir(parents=True)
     with pytest.raises(ValueError, match="found 0 times.*GOOGLE_DRIVE_PATH_AFTER_MYDRIVE"):
-        settings()
+        start()
     first, _ = make_project(my_drive / "A4"), make_project(my_drive / "old" / "A4")
     with pytest.raises(ValueError, match="found 2 times.*GOOGLE_DRIVE_PATH_AFTER_MYDRIVE"):
-        settings()
-    assert settings(GOOGLE_DRIVE_PATH_AFTER_MYDRIVE='"A4"')["PROJECT_DIR"] == first
+        start()
+    assert start(GOOGLE_DRIVE_PATH_AFTER_MYDRIVE='"A4"')["PROJECT_DIR"] == first
 
 
-def test_settings_in_colab_take_a_clone(settings, tmp_path, monkeypatch):
+def test_takes_a_clone_in_colab(start, tmp_path, monkeypatch):
     mounted = install_fake_colab(monkeypatch)
-    (tmp_path / "one_stage_detector.py").touch()
-    assert settings()["PROJECT_DIR"] == tmp_path and mounted == []
+    make_project(tmp_path / "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    assert start()["PROJECT_DIR"] == tmp_path / "clone" and mounted == []
+
+
+def test_installs_wget_in_colab_where_it_is_missing(start, tmp_path, monkeypatch):
+    install_fake_colab(monkeypatch)
+    make_project(tmp_path / "content" / "drive" / "MyDrive" / "A4")
+    find_spec, commands = importlib.util.find_spec, []
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wget" else find_spec(name)
+    )
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    start()
+    (command,) = commands
+    assert command[:3] == [sys.executable, "-m", "pip"] and command[-1] == "wget"
+
+
+def test_says_that_the_project_is_not_here(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="has no one_stage_detector.py.*start Jupyter there"):
+        start()
 
 
 # --------------------------------------------------------------------------------------------
-# One whole run
+# Runs of all cells
 # --------------------------------------------------------------------------------------------
 
 
@@ -252,7 +260,7 @@ def run(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         client = NotebookClient(
             notebook,
-            timeout=900,  # seconds a cell, so that a hang ends
+            timeout=900,  # seconds per cell, so that a hang ends
             kernel_name="python3",
             resources={"metadata": {"path": str(folder)}},
         )
@@ -277,6 +285,7 @@ def test_runs_top_to_bottom(run):
             assert output.output_type != "error", cell.id
             # A forgotten semicolon shows as the repr of axes or of a tensor.
             assert output.output_type != "execute_result", cell.id
+            assert "Warning" not in output.get("text", ""), f"{cell.id}: {output.text}"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +317,7 @@ def test_leaves_results(run):
     notebook, folder = run
     results = folder / "runs" / "notebook"
     metrics = json.loads((results / "metrics.json").read_text())
-    assert 0 <= metrics["mAP"] <= 1 and set(metrics["AP"]) <= set(CLASSES)
+    assert 0 <= metrics["mAP"] <= 1 and set(metrics["AP"]) <= set(SHAPES_CLASSES)
     assert f"mAP@0.5: {100 * metrics['mAP']:.2f} %" in outputs_of(notebook, "summary")[0]
     assert (results / "ap.png").stat().st_size > 1000
     assert "Precision and recall" in (results / "report.html").read_text(encoding="utf-8")
@@ -321,3 +330,37 @@ def test_leaves_results(run):
         assert sorted(os.listdir(results / "mAP" / "input" / kind)) == names
     # Nothing lies about outside the results.
     assert sorted(os.listdir(folder)) == ["data", "ipython", "runs"]
+
+
+def test_runs_as_a_script_without_jupyter(tmp_path):
+    """All code cells in one namespace, without their magics, where IPython is not installed."""
+    data = write_shapes(tmp_path / "data", num_train=16, num_val=2)
+    cells = [
+        (cell.id, re.sub(r"(?m)^%.*$", "", cell.source))  # as a script has no magics
+        for cell in code_cells()
+    ]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "sys.modules['IPython'] = None  # an import of it fails\n"
+        "namespace = {}\n"
+        f"for name, source in {cells!r}:\n"
+        "    exec(compile(source, name, 'exec'), namespace)\n"
+    )
+    environment = os.environ | {
+        "FCOS_DATA": str(data),
+        "FCOS_SCHEDULE": "quick",
+        "FCOS_TRAIN_ITERS": "2",
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "agg",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mAP@0.5:" in done.stdout and "Warning" not in done.stderr, done.stderr
+    results = tmp_path / "runs" / "notebook"
+    for name in ("fcos_detector.pt", "metrics.json", "ap.png", "report.html"):
+        assert (results / name).stat().st_size > 0

@@ -18,6 +18,7 @@ from eecs598.data.images import (
 )
 from eecs598.data.index import class_names, load_index
 from eecs598.data.sampling import Sample, TrainingSampler
+from eecs598.data.shapes import CLASSES as SHAPES_CLASSES
 from eecs598.data.shapes import write_shapes
 from eecs598.data.voc import VOC2007_CLASSES, download_voc2007
 
@@ -28,6 +29,7 @@ __all__ = [
     "ImageCache",
     "ImageFiles",
     "LoadedImage",
+    "SHAPES_CLASSES",
     "Sample",
     "TrainingSampler",
     "VOC2007_CLASSES",

@@ -17,6 +17,7 @@ from eecs598.training.settings import (
 
 if TYPE_CHECKING:
     from eecs598.training.checkpoint import load_checkpoint
+    from eecs598.training.notebook import NotebookSettings, notebook_settings
     from eecs598.training.optimization import (
         learning_rate_factor,
         make_optimizer,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUGMENTATIONS",
+    "NotebookSettings",
     "RECIPES",
     "Settings",
     "TrainingRun",
@@ -40,6 +42,7 @@ __all__ = [
     "make_optimizer",
     "mixed_precision",
     "network_dtype",
+    "notebook_settings",
     "parse_setting",
     "precision_name",
     "weight_average",
@@ -48,7 +51,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("checkpoint", "optimization", "run"):
+        for module in ("checkpoint", "optimization", "run", "notebook"):
             found = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
             if found is not None:
                 return found
