@@ -227,7 +227,7 @@ def test_eval_writes_a_report_and_compares(run_folder, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_any_command_with_a_word(monkeypatch, capsys, number):
     before = signal.getsignal(number)
-    monkeypatch.setattr(cli, "_score", lambda args: signal.raise_signal(number))
+    monkeypatch.setattr("fcos.score.run", lambda args: signal.raise_signal(number))
     assert cli.main(["score", "x"]) == 128 + number
     assert capsys.readouterr().err == "fcos: interrupted\n"
     assert signal.getsignal(number) == before

@@ -16,6 +16,7 @@ from eecs598.deploy.prediction import class_color, detect, draw_detections, pict
 from eecs598.training.checkpoint import save_checkpoint
 from eecs598.training.settings import Settings
 from fcos import cli
+from fcos.models import build_detector, load_detector
 
 CLASSES = ["cube", "dice"]
 SETTINGS = Settings(weights="none", fpn_channels=8, stem=(8,), image_size=48)
@@ -24,7 +25,7 @@ SETTINGS = Settings(weights="none", fpn_channels=8, stem=(8,), image_size=48)
 def untrained(num_classes: int):
     """A detector without training that finds many things, with boxes of all shapes."""
     torch.manual_seed(0)
-    detector = cli._build_detector(SETTINGS, num_classes, "none")
+    detector = build_detector(SETTINGS, num_classes, "none")
     with torch.no_grad():
         for parameter in detector.pred_net.parameters():
             if parameter.dim() == 4:
@@ -56,9 +57,8 @@ def test_same_detections_as_evaluation(checkpoint, small_voc, tmp_path):
     assert result["score_thresh"] == 0.3 and result["image_size"] == SETTINGS.image_size
     assert result["classes"] == CLASSES
     compared = 0
-    evaluate = ["eval", str(checkpoint), "--data", "."]
     evaluated = iterate_detections(
-        cli._load_detector(cli._parser(evaluate).parse_args(evaluate))[0],
+        load_detector(checkpoint, backbone="not needed").detector,
         torch.utils.data.DataLoader(dataset),
         0.3,
         0.6,
