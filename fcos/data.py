@@ -1,12 +1,19 @@
-"""``fcos data``: make, download or check a data set."""
+"""``fcos data``: make, download or check a data set; and what ``fcos train`` asks of its data."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fcos.options import add_json_option, positive_int
 
-__all__ = ["add_options"]
+if TYPE_CHECKING:
+    from a4_helper import VOC2007DetectionTiny
+
+__all__ = ["add_options", "describe_contents", "generated_shapes"]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,3 +56,49 @@ def _voc2007(args: argparse.Namespace) -> None:
     from eecs598.data import download_voc2007
 
     print(f"PASCAL VOC 2007 in {download_voc2007(args.folder)}")
+
+
+# --------------------------------------------------------------------------------------------
+# For training
+# --------------------------------------------------------------------------------------------
+
+
+def generated_shapes() -> Path:
+    """Return the generated set in the user's cache folder, drawn on first use."""
+    from eecs598.data import write_shapes
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "eecs598-fcos" / "shapes"
+    print(f"generated data set: {folder}")
+    return write_shapes(folder)
+
+
+def describe_contents(
+    data: str | Path, datasets: Iterable[VOC2007DetectionTiny]
+) -> dict[str, dict[str, Any]]:
+    """Count what there is to learn.
+
+    Args:
+        data: folder of the data, for the error message.
+        datasets: the splits.
+
+    Returns:
+        For each split the number of ``images``, and of the ``objects`` of each class.
+
+    Raises:
+        ValueError: a split without any object, or class names that can't be told apart in a file.
+    """
+    from eecs598.metrics import check_class_names
+
+    contents = {}
+    for dataset in datasets:
+        check_class_names(list(dataset.class_to_idx))
+        labels = [int(label) for _, boxes in dataset.instances for label in boxes[:, 4]]
+        if not labels:
+            raise ValueError(
+                f"{dataset.split} of {data} has no object that counts; `fcos data check {data}` "
+                "shows what is there."
+            )
+        objects = {name: labels.count(i) for name, i in dataset.class_to_idx.items()}
+        contents[dataset.split] = {"images": len(dataset), "objects": objects}
+    return contents

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fcos.options import (
     EVAL_NMS_THRESH,
     EVAL_SCORE_THRESH,
+    add_backbone_option,
     add_detection_options,
     add_json_option,
     add_machine_options,
@@ -31,8 +32,7 @@ __all__ = [
     "evaluate",
     "export_text",
     "mean_average_precision",
-    "print_findings",
-    "print_metrics",
+    "print_results",
     "run",
     "write_report",
 ]
@@ -45,8 +45,6 @@ __all__ = [
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    from eecs598.training import RECIPES
-
     parser.description = (
         "Evaluate a trained detector. The folder of the evaluation gets report.html, "
         "metrics.json and, as text files, the detections and the ground truth."
@@ -56,12 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
     )
-    parser.add_argument(
-        "--backbone",
-        default=RECIPES["handout"].backbone,
-        metavar="NAME",
-        help="where CHECKPOINT is a plain state dict, which doesn't tell (regnet_x_400mf)",
-    )
+    add_backbone_option(parser, "where CHECKPOINT is a plain state dict, which does not name it")
     parser.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
     add_detection_options(parser, EVAL_SCORE_THRESH)
     parser.add_argument(
@@ -90,11 +83,11 @@ def run(args: argparse.Namespace) -> None:
     model = load_detector(
         args.checkpoint, backbone=args.backbone, data=args.data, image_size=args.image_size
     )
-    device = choose_device(args.device)
+    device, image_size = choose_device(args.device), model.settings.data.image_size
     dataset = VOC2007DetectionTiny(
         args.data,
         args.split,
-        image_size=model.settings.image_size,
+        image_size=image_size,
         classes=model.class_names,
         crop=False,
     )
@@ -122,14 +115,13 @@ def run(args: argparse.Namespace) -> None:
         "checkpoint": str(args.checkpoint),
         "data": str(args.data),
         "split": args.split,
-        "image_size": model.settings.image_size,
+        "image_size": image_size,
         "nms_thresh": args.nms_thresh,
     }
     metrics = write_report(evaluation, out, facts, comparison)
     if args.json is not None:
         write_json(args.json, metrics)
-    print_metrics(metrics)
-    print_findings(metrics, comparison)
+    print_results(metrics, comparison)
     print(f"\n{out / 'report.html'}")
 
 
@@ -243,24 +235,11 @@ def write_report(
     return metrics
 
 
-def print_metrics(
-    metrics: dict[str, Any],
-    json_path: str | Path | None = None,
-    figure_path: str | Path | None = None,
-) -> None:
-    """Print the table of classes; write it as JSON and draw it where a path is given."""
-    from eecs598.metrics import format_table, plot_average_precision
-    from eecs598.runtime import write_json
+def print_results(metrics: dict[str, Any], comparison: Comparison | None = None) -> None:
+    """Print the table of classes, how certain the mAP is, how it compares and what looks wrong."""
+    from eecs598.metrics import format_table
 
     print(format_table(metrics))
-    if json_path is not None:
-        write_json(json_path, metrics)
-    if figure_path is not None:
-        plot_average_precision(metrics, figure_path)
-
-
-def print_findings(metrics: dict[str, Any], comparison: Comparison | None = None) -> None:
-    """Print how certain the mAP is, how it compares, and (as warnings) what looks wrong."""
     low, high = metrics["interval"]
     print(f"95 % interval of the mAP {100 * low:.2f} to {100 * high:.2f}")
     if comparison is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import warnings
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from common import PretrainedWeightsWarning
 from eecs598.data import VOC2007_CLASSES, class_names
-from eecs598.training import Settings, load_checkpoint
+from eecs598.training import ModelSettings, Settings, load_checkpoint
 from one_stage_detector import FCOS
 
 __all__ = ["TrainedDetector", "build_detector", "load_detector"]
@@ -27,33 +26,25 @@ class TrainedDetector(NamedTuple):
     class_names: list[str]  # in the order of their ids
 
 
-def build_detector(settings: Settings, num_classes: int, weights: str) -> FCOS:
+def build_detector(settings: ModelSettings, num_classes: int, *, load_weights: bool = True) -> FCOS:
     """Build FCOS; unlike in a notebook, a start without the wanted weights is an error.
+
+    Args:
+        settings: of the model.
+        num_classes: number of classes, C.
+        load_weights: start from the backbone's weights that the settings name; without, from
+            random ones, since those of a checkpoint are loaded afterwards.
 
     Raises:
         ValueError: a setting that ``FCOS`` does not take, or weights that can't be had.
     """
-    names = {"default": "DEFAULT", "none": None}
+    kwargs = settings.kwargs()
+    if not load_weights:
+        kwargs["weights"] = None
     with warnings.catch_warnings():
         warnings.simplefilter("error", PretrainedWeightsWarning)
         try:
-            return FCOS(
-                num_classes,
-                settings.fpn_channels,
-                settings.stem,
-                weights=names.get(weights, weights),
-                **{
-                    name: getattr(settings, name)
-                    for name in (
-                        "backbone",
-                        "box_loss",
-                        "center_radius",
-                        "head_norm",
-                        "level_scales",
-                        "frozen_batch_norm",
-                    )
-                },
-            )
+            return FCOS(num_classes, **kwargs)
         except PretrainedWeightsWarning as warning:
             raise ValueError(
                 f"{warning}\nGive the backbone's weights as --weights FILE, or start from random "
@@ -94,8 +85,8 @@ def load_detector(
     else:
         settings = Settings.from_dict(checkpoint["settings"])
     if image_size is not None:
-        settings = dataclasses.replace(settings, image_size=image_size)
-    detector = build_detector(settings, len(names), "none")
+        settings = settings.replace(image_size=image_size)
+    detector = build_detector(settings.model, len(names), load_weights=False)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
@@ -119,14 +110,15 @@ def _settings_from_shapes(
     if not fpn:
         raise ValueError(f"{path} is a state dict, but not one of FCOS.")
     convolutions = [value for value in stem if value.dim() == 4]
-    return Settings(
+    model = ModelSettings(
         backbone=backbone,
         fpn_channels=len(fpn[0]),
-        stem=tuple(len(value) for value in convolutions),
+        stem_channels=tuple(len(value) for value in convolutions),
         # A convolution has a weight and a bias, and so has a group norm.
         head_norm="group" if len(stem) > 2 * len(convolutions) else "none",
         level_scales=bool(weights("pred_net.scales.")),
     )
+    return Settings(model=model)
 
 
 def _class_names(

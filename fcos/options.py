@@ -7,18 +7,23 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from eecs598.training import Setting
 
 __all__ = [
     "EVAL_NMS_THRESH",
     "EVAL_SCORE_THRESH",
-    "PICTURE_SCORE_THRESH",
+    "add_backbone_option",
     "add_detection_options",
     "add_json_option",
     "add_machine_options",
+    "add_settings",
     "check_value",
     "choose_device",
     "choose_workers",
+    "given_settings",
     "make_empty_folder",
     "natural",
     "next_free_folder",
@@ -29,9 +34,6 @@ __all__ = [
 # scores, too. The assignment's own evaluation uses 0.4.
 EVAL_SCORE_THRESH = 0.05
 EVAL_NMS_THRESH = 0.6
-
-# Pictures are for people: only what the detector is confident of.
-PICTURE_SCORE_THRESH = 0.4
 
 T = TypeVar("T")
 
@@ -94,6 +96,9 @@ def check_value(
 
 def add_detection_options(parser: argparse.ArgumentParser, score_thresh: float) -> None:
     """Add the options that decide what a trained detector finds."""
+    from eecs598.training import SETTINGS
+
+    amp = SETTINGS["optimization"]["amp"]
     parser.add_argument(
         "--image-size", type=positive_int, metavar="N", help="another one than in training"
     )
@@ -113,10 +118,20 @@ def add_detection_options(parser: argparse.ArgumentParser, score_thresh: float) 
     )
     parser.add_argument(
         "--amp",
-        choices=("auto", "off"),
-        default="off",
+        choices=amp.choices,
+        default=amp.default,
         help="auto: compute in bfloat16 or float16 where that is faster; the last digits of "
         "boxes and scores change (off)",
+    )
+
+
+def add_backbone_option(parser: argparse._ActionsContainer, text: str = "") -> None:
+    """Add ``--backbone NAME``; ``text`` says what it is for."""
+    from eecs598.training import SETTINGS
+
+    default = SETTINGS["model"]["backbone"].default
+    parser.add_argument(
+        "--backbone", default=default, metavar="NAME", help=f"{text} ({default})".lstrip()
     )
 
 
@@ -131,6 +146,53 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=natural, metavar="N", help="processes that load data (up to 4)"
     )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting; only those that are given end up among the arguments."""
+    from eecs598.training import SETTINGS
+
+    metavars = {int: "N", float: "X", str: "S"}
+    for name, settings in SETTINGS.items():
+        group = parser.add_argument_group(f"{name} settings", "in place of those of the recipe")
+        for setting in settings.values():
+            flag, default = f"--{setting.option}", argparse.SUPPRESS
+            if setting.kind is bool:
+                group.add_argument(
+                    flag,
+                    dest=setting.name,
+                    action=argparse.BooleanOptionalAction,
+                    default=default,
+                    help=setting.help,
+                )
+                continue
+            group.add_argument(
+                flag,
+                dest=setting.name,
+                type=_parser_of(setting),
+                default=default,
+                metavar=("," if setting.is_list else "|").join(setting.choices)
+                or metavars[setting.kind],
+                help=setting.help,
+            )
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return those settings that were given as options."""
+    from eecs598.training import SETTINGS
+
+    names = (name for settings in SETTINGS.values() for name in settings)
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _parser_of(setting: Setting) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return setting.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 # --------------------------------------------------------------------------------------------

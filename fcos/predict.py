@@ -7,10 +7,11 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fcos.options import (
-    PICTURE_SCORE_THRESH,
+    EVAL_NMS_THRESH,
+    add_backbone_option,
     add_detection_options,
     add_json_option,
     add_machine_options,
@@ -20,13 +21,20 @@ from fcos.options import (
     positive_int,
 )
 
-__all__ = ["add_options", "run"]
+if TYPE_CHECKING:
+    from a4_helper import VOC2007DetectionTiny
+    from one_stage_detector import FCOS
+
+__all__ = ["add_options", "draw_examples", "run"]
+
+# Pictures are for people: only what the detector is confident of.
+PICTURE_SCORE_THRESH = 0.4
+
+EXAMPLES = 12
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    from eecs598.training import RECIPES
-
     parser.description = (
         "Detect objects in image files: a picture of each with its boxes, and all "
         "boxes in pixels of the original files as JSON. The exit status is 1 when a file could "
@@ -54,14 +62,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=8,
         metavar="N",
-        help="images a step; those of one size go through the network together (8)",
+        help="images per step; those of one size go through the network together (8)",
     )
     plain = parser.add_argument_group(
         "where CHECKPOINT is a plain state dict", "which tells neither backbone nor class names"
     )
-    plain.add_argument(
-        "--backbone", default=RECIPES["handout"].backbone, metavar="NAME", help="(regnet_x_400mf)"
-    )
+    add_backbone_option(plain)
     names = plain.add_mutually_exclusive_group()
     names.add_argument(
         "--classes", metavar="A,B,C", help="in the order of training (for 20: those of VOC)"
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     out = make_empty_folder(Path(args.out), "--out")
     workers = choose_workers(args.workers)
     loader = DataLoader(
-        ImageFiles(paths, settings.image_size),
+        ImageFiles(paths, settings.data.image_size),
         batch_size=args.batch_size,
         collate_fn=list,
         num_workers=workers,
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         write_picture(read_image(path), detections, class_names, out / name)
 
     images: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, str | None]] = []
     pictures: list[Future[None]] = []
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -136,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "checkpoint": str(args.checkpoint),
                 "classes": class_names,
-                "image_size": settings.image_size,
+                "image_size": settings.data.image_size,
                 "score_thresh": args.score_thresh,
                 "nms_thresh": args.nms_thresh,
                 "images": images,
@@ -151,3 +157,21 @@ def run(args: argparse.Namespace) -> int:
     if skipped:
         print(f"fcos: {len(skipped)} of {len(paths)} images skipped", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def draw_examples(detector: FCOS, dataset: VOC2007DetectionTiny, path: Path, device: str) -> None:
+    """Draw detections on a few images, spread evenly over a data set, into one picture."""
+    from torch.utils.data import DataLoader, Subset
+
+    from a4_helper import iterate_detections, prediction_rows, target_rows
+    from eecs598.utils import contact_sheet
+
+    count = min(EXAMPLES, len(dataset))
+    chosen = Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    pictures = [
+        (image, target_rows(target), prediction_rows(prediction))
+        for _, image, prediction, target in iterate_detections(
+            detector, DataLoader(chosen), PICTURE_SCORE_THRESH, EVAL_NMS_THRESH, device=device
+        )
+    ]
+    contact_sheet(pictures, dataset.idx_to_class, path)

@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from fcos.evaluate import print_metrics
 from fcos.options import add_json_option
 
 __all__ = ["add_options", "run"]
@@ -26,9 +25,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the metrics of a folder, draw them, and warn of what looks wrong."""
-    from eecs598.metrics import find_folder_smells, score_folder
+    from eecs598.metrics import (
+        find_folder_smells,
+        format_table,
+        plot_average_precision,
+        score_folder,
+    )
+    from eecs598.runtime import write_json
 
+    metrics = score_folder(args.folder)
+    print(format_table(metrics))
+    if args.json is not None:
+        write_json(args.json, metrics)
     figure = args.figure if args.figure is not None else Path(args.folder) / "ap.png"
-    print_metrics(score_folder(args.folder), json_path=args.json, figure_path=figure)
+    plot_average_precision(metrics, figure)
     for smell in find_folder_smells(args.folder):
         print(f"warning: {smell.message}", file=sys.stderr)
