@@ -461,11 +461,11 @@ def inference_with_detector(
 
     Args:
         detector: maps one image to ``(boxes, class ids, scores)``.
-        test_loader: gives ``(paths, images, gt_boxes)`` with one image a batch.
+        test_loader: yields ``(paths, images, gt_boxes)`` batches of one image.
         idx_to_class: class id -> name.
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
-        output_dir: write ``detection-results/NAME.txt`` and ``ground-truth/NAME.txt`` here, one
+        output_dir: folder for ``detection-results/NAME.txt`` and ``ground-truth/NAME.txt``, one
             pair of files for every image, in the text format of ``eecs598.metrics`` (which
             Cartucho's mAP script reads, too). Without it, each image is drawn.
         dtype: to run the detector in.
@@ -475,9 +475,14 @@ def inference_with_detector(
         Predictions (``boxes (K, 4)``, ``labels (K,)``, ``scores (K,)``) and ground truth
         (``boxes (M, 4)``, ``labels (M,)``) of every image, on the CPU: what
         ``eecs598.metrics.average_precision`` takes.
+
+    Raises:
+        ValueError: two images whose text files would have the same name, or a batch of more than
+            one image.
     """
     classes = [idx_to_class[i] for i in range(len(idx_to_class))]
-    predictions, targets, names = [], [], set()
+    predictions, targets = [], []
+    names: set[str] = set()
     start = time.perf_counter()
     for path, image, prediction, target in iterate_detections(
         detector, test_loader, score_thresh, nms_thresh, dtype=dtype, device=device
@@ -490,8 +495,8 @@ def inference_with_detector(
             name = Path(path).stem
             if name in names:
                 raise ValueError(
-                    f"two images are called {name}, and their text files would be, too; one is "
-                    f"{path}. `fcos eval` tells images of different folders apart."
+                    f"two images are called {name}, so their text files would have the same name; "
+                    f"one is {path}. `fcos eval` names images of different folders differently."
                 )
             names.add(name)
             write_text_format(output_dir, name, prediction, target, classes)
@@ -510,7 +515,10 @@ def iterate_detections(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-    """Detect image by image; the arguments are those of ``inference_with_detector``.
+    """Detect objects image by image.
+
+    The arguments are those of ``inference_with_detector``. The detector is in evaluation mode until
+    the last image, and then in the mode that it was in.
 
     Yields:
         The path; the image ``(3, H, W)`` in [0, 1]; the prediction ``boxes (K, 4)``,
@@ -526,7 +534,7 @@ def iterate_detections(
         ):
             if len(images) != 1:
                 raise ValueError(
-                    f"the loader gives {len(images)} images a batch; evaluation needs "
+                    f"the loader gives {len(images)} images per batch; evaluation needs "
                     "batch_size=1, because the images differ in size."
                 )
             with torch.no_grad():
@@ -553,25 +561,28 @@ def evaluate_detector(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
-    """Detect in all images of a data set: what ``eecs598.report`` starts from.
+    """Detect objects in all images of a data set.
 
-    Where there are several processes, each detects in its share and all get the whole.
+    With several processes, each runs on a part of the images and all get the whole result.
 
     Args:
         detector: see ``inference_with_detector``.
-        dataset: a split that is not augmented.
+        dataset: images that are not augmented.
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
         levels: see ``Evaluation``.
         num_workers: processes that load images.
         device: to run on.
+
+    Returns:
+        What ``eecs598.metrics`` and ``eecs598.report`` start from.
     """
     loader = DataLoader(
         Subset(dataset, range(rank(), len(dataset), num_processes())),
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.device(device).type != "cpu",
-        generator=torch.Generator(),  # an evaluation in a training does not touch its randomness
+        generator=torch.Generator(),  # or an evaluation would change the training after it
     )
     detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
     shares = gather(
@@ -587,11 +598,11 @@ def evaluate_detector(
 
 
 def target_rows(target: Mapping[str, Tensor]) -> Tensor:
-    """Rows ``(M, 5)`` of x1, y1, x2, y2, class id: what ``detection_visualizer`` draws."""
+    """Return rows ``(M, 5)`` of x1, y1, x2, y2, class id: what ``detection_visualizer`` draws."""
     return torch.cat([target["boxes"], target["labels"][:, None]], dim=1)
 
 
 def prediction_rows(prediction: Mapping[str, Tensor]) -> Tensor:
-    """Rows ``(K, 6)`` of x1, y1, x2, y2, class id, score: what ``detection_visualizer`` draws."""
+    """Return rows ``(K, 6)`` of x1, y1, x2, y2, class id, score, as ``target_rows`` does."""
     labels, scores = prediction["labels"], prediction["scores"]
     return torch.cat([prediction["boxes"], labels[:, None], scores[:, None]], dim=1)

@@ -1,4 +1,4 @@
-"""``fcos data``: make, download or check a data set; and what ``fcos train`` asks of its data."""
+"""``fcos data``: make, download or check a data set; and what training needs to know of it."""
 
 from __future__ import annotations
 

@@ -85,11 +85,7 @@ def run(args: argparse.Namespace) -> None:
     )
     device, image_size = choose_device(args.device), model.settings.data.image_size
     dataset = VOC2007DetectionTiny(
-        args.data,
-        args.split,
-        image_size=image_size,
-        classes=model.class_names,
-        crop=False,
+        args.data, args.split, image_size=image_size, classes=model.class_names, crop=False
     )
     other = None
     if args.compare is not None:
@@ -182,12 +178,9 @@ def export_text(evaluation: Evaluation, folder: Path) -> None:
     """Write detections and ground truth as the text files that ``fcos score`` reads."""
     from eecs598.metrics import image_names, write_text_format
 
-    for name, prediction, target in zip(
-        image_names(evaluation.image_paths),
-        evaluation.predictions,
-        evaluation.targets,
-        strict=True,
-    ):
+    names = image_names(evaluation.image_paths)
+    results = zip(names, evaluation.predictions, evaluation.targets, strict=True)
+    for name, prediction, target in results:
         write_text_format(folder, name, prediction, target, evaluation.class_names)
 
 

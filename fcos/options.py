@@ -25,7 +25,6 @@ __all__ = [
     "choose_workers",
     "given_settings",
     "make_empty_folder",
-    "natural",
     "next_free_folder",
     "positive_int",
 ]
@@ -48,8 +47,7 @@ def positive_int(text: str) -> int:
     return check_value(int, text, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def natural(text: str) -> int:
-    """Parse a whole number of at least 0."""
+def _natural(text: str) -> int:
     return check_value(int, text, lambda value: value >= 0, "a whole number of at least 0")
 
 
@@ -144,7 +142,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how the machine is used, and that change no result."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--workers", type=natural, metavar="N", help="processes that load data (up to 4)"
+        "--workers", type=_natural, metavar="N", help="processes that load data (up to 4)"
     )
 
 

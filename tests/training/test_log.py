@@ -50,7 +50,8 @@ def test_a_loss_that_is_not_finite_names_its_images():
 
 
 def test_the_plot_has_every_loss_and_the_evaluations(tmp_path):
-    history = {"iteration": [1, 2, 3], "lr": [0.1] * 3, "loss": [3, 2, 1], "loss_a": [2, 1, 0]}
+    losses = {"loss": [3.0, 2.0, 1.0], "loss_a": [2.0, 1.0, 0.0]}
+    history = {"iteration": [1, 2, 3], "lr": [0.1, 0.1, 0.1], **losses}
     evaluations = [{"iteration": 2, "mAP": 0.25}]
     ax = plot_losses(history, tmp_path / "loss.png", evaluations)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
