@@ -8,14 +8,10 @@ two-stage detector can be another.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +40,20 @@ from eecs598.metrics import Evaluation, write_text_format
 from eecs598.runtime import (
     broadcast_buffers,
     gather,
-    is_main_process,
-    mean_over_processes,
     num_processes,
     rank,
-    replacing,
 )
 from eecs598.training import (
+    Stateful,
+    TrainingLogger,
     TrainingRun,
+    ema,
     ignore_signals,
     learning_rate_factor,
     make_optimizer,
     mixed_precision,
-    weight_average,
+    plot_losses,
+    show_progress,
 )
 from eecs598.utils import detection_visualizer, in_notebook_or_window
 
@@ -69,7 +66,6 @@ __all__ = [
     "hello_helper",
     "inference_with_detector",
     "iterate_detections",
-    "plot_losses",
     "prediction_rows",
     "target_rows",
     "train_detector",
@@ -292,8 +288,8 @@ def train_detector(
     schedule: str = "step",
     warmup_iters: int = 0,
     max_grad_norm: float | None = None,
-    pretrained_lr_factor: float = 1.0,
-    average_decay: float | None = None,
+    backbone_lr_factor: float = 1.0,
+    ema_decay: float | None = None,
     amp: str = "off",
     channels_last: bool = True,
     compile: bool = False,
@@ -303,42 +299,43 @@ def train_detector(
     """Train a detector.
 
     The defaults are the assignment's recipe: SGD with momentum 0.9, the learning rate divided by
-    10 after 60 % and again after 90 % of the iterations. What comes after ``device`` is for
-    trainings that should get further, or that have to survive a stop. The loader is started again
-    as often as it takes.
+    10 after 60 % and again after 90 % of the iterations. The arguments after ``device`` are for
+    better results (see ``eecs598.training.OptimizationSettings``) and for runs that have to
+    survive a stop. The loader is iterated over as often as needed.
 
     Args:
-        detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimised.
-        train_loader: gives ``(paths, images, gt_boxes)`` batches. Where ``run`` is resumed, the
-            first of them is the one after the checkpoint.
+        detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimized.
+        train_loader: yields ``(paths, images, gt_boxes)`` batches: B paths, images
+            ``(B, 3, H, W)`` and padded boxes ``(B, M, 5)``. Where ``run`` is resumed, the first
+            of them is the one after the checkpoint.
         learning_rate: at the start, or after the warm-up.
         weight_decay: of the optimizer.
         max_iters: number of optimizer steps.
-        log_period: iterations between two lines of the log; a line shows means since the last.
+        log_period: iterations between two log lines; a line shows means since the last one.
         device: to train on; the detector is moved there.
         optimizer: ``"sgd"`` or ``"adamw"``.
         schedule: ``"step"`` as above, or ``"cosine"`` from the learning rate down to 0
             (arXiv 1608.03983, equation 5, without restarts).
         warmup_iters: the learning rate rises linearly over this many iterations.
         max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it.
-        pretrained_lr_factor: the learning rate of ``detector.pretrained_parameters()`` is
-            multiplied by it.
-        average_decay: keep a moving average of the weights, of which this part remains in every
-            step (less in the first steps). It is what is evaluated, and the detector ends with
-            it.
+        backbone_lr_factor: the learning rate of ``detector.backbone_parameters()`` is multiplied
+            by it.
+        ema_decay: keep an exponential moving average (EMA) of the weights, of which this part
+            remains in every step (less in the first steps). The average is what is evaluated, and
+            what the detector has at the end.
         amp: ``"auto"`` runs the network in bfloat16 where the processor computes in it natively,
             in float16 with scaled gradients on other GPUs; ``"off"`` in float32 everywhere. The
             losses are float32 in any case.
-        channels_last: lay tensors out in memory with their channels together, which is faster on
-            CPUs and on GPUs with tensor cores and changes no value beyond rounding.
+        channels_last: store tensors with their channels together, which is faster on CPUs and on
+            GPUs with tensor cores and changes no value beyond rounding.
         compile: compile the network with ``torch.compile``: its first steps take a minute, the
             others less time.
-        run: saves checkpoints and the history, evaluates, and goes on after a stop.
+        run: saves checkpoints and the history, evaluates, and continues after a stop.
         plot_path: save the loss plot here. Without it, the plot is shown where there is a
-            notebook or a window. With ``run``, plotting is the run's business.
+            notebook or a window. With ``run``, the run draws the plot.
 
     Returns:
-        History with one entry an iteration: ``"iteration"``, ``"lr"``, ``"loss"`` and each part
+        History with one entry per iteration: ``"iteration"``, ``"lr"``, ``"loss"`` and each part
         of the loss under its name.
 
     Raises:
@@ -353,29 +350,33 @@ def train_detector(
         )
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    detector = detector.to(device=device, memory_format=layout).train()
-    solver = make_optimizer(detector, optimizer, learning_rate, weight_decay, pretrained_lr_factor)
+    detector = detector.to(device).to(memory_format=layout).train()
+    solver = make_optimizer(detector, optimizer, learning_rate, weight_decay, backbone_lr_factor)
     factor = learning_rate_factor(schedule, warmup_iters, max_iters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
     autocast, scaler = mixed_precision(device, amp)
-    state = {"detector": detector, "optimizer": solver, "scheduler": scheduler, "scaler": scaler}
-    average = None
-    if average_decay is not None:
-        state["average"] = average = weight_average(detector, average_decay)
-    best_model = detector if average is None else average.module
+    averaged = ema(detector, ema_decay) if ema_decay is not None else None
+    eval_model = averaged.module if averaged is not None else detector
+
+    state: dict[str, Stateful] = {
+        "detector": detector,
+        "optimizer": solver,
+        "scheduler": scheduler,
+        "scaler": scaler,
+    }
+    if averaged is not None:
+        state["ema"] = averaged
     history = run.restore(state) if run is not None else {}
     done = len(history.get("iteration", ()))
     network = _training_network(detector, device, compile)
     num_classes = getattr(detector, "num_classes", None)
 
-    with contextlib.ExitStack() as stack:
-        record = stack.enter_context(_Record(history, max_iters, run))
-        if run is not None:
-            stack.enter_context(run.catching_signals())
-            if done and run.evaluation_is_due(done, last=done == max_iters):
-                # The stop that the training goes on from came before it.
-                run.save(done, best_model, state, history, last=done == max_iters)
-        batches = _endless(train_loader, max_iters - done)
+    catching_signals = run.catching_signals() if run is not None else contextlib.nullcontext()
+    with catching_signals, TrainingLogger(history, max_iters, run) as logger:
+        if run is not None and done and run.evaluation_is_due(done, last=done == max_iters):
+            # The run was stopped before this evaluation.
+            run.save(done, eval_model, state, history, last=done == max_iters)
+        batches = _repeat(train_loader, max_iters - done)
         for iteration, (paths, images, gt_boxes) in enumerate(batches, start=done + 1):
             if num_classes is not None:
                 check_training_batch(images, gt_boxes, num_classes)
@@ -390,32 +391,33 @@ def train_detector(
             if max_grad_norm is not None:
                 scaler.unscale_(solver)
                 nn.utils.clip_grad_norm_(detector.parameters(), max_grad_norm)
-            record.step(iteration, solver.param_groups[0]["lr"], {"loss": loss, **losses}, paths)
+            logger.step(iteration, solver.param_groups[0]["lr"], {"loss": loss, **losses}, paths)
             scaler.step(solver)
             scaler.update()
             scheduler.step()
-            if average is not None:
-                average.update_parameters(detector)
+            if averaged is not None:
+                averaged.update_parameters(detector)
 
             last = iteration == max_iters
             if last or iteration % log_period == 0:
-                record.log()
+                logger.log()
             if run is not None and run.is_due(iteration, last):
-                broadcast_buffers(best_model)
-                run.save(iteration, best_model, state, record.flush(), last)
-                record.restart_clock()
+                broadcast_buffers(eval_model)
+                run.save(iteration, eval_model, state, logger.flush(), last)
+                logger.restart_clock()
 
-    if average is not None:
-        detector.load_state_dict(best_model.state_dict())
+    if averaged is not None:
+        detector.load_state_dict(eval_model.state_dict())
     if run is None and (plot_path is not None or in_notebook_or_window()):
         plot_losses(history, plot_path)
     return history
 
 
 def _training_network(detector: nn.Module, device: torch.device, compile: bool) -> nn.Module:
-    """What is called in training: the detector, compiled and spread over processes if wanted."""
-    if hasattr(detector, "compile_network"):
-        detector.compile_network(compile)
+    """Return what is called in training: the detector, compiled and shared by the processes."""
+    compile_network = getattr(detector, "compile_network", None)
+    if compile_network is not None:
+        compile_network(compile)
     elif compile:
         detector.compile()
     if num_processes() == 1:
@@ -423,9 +425,9 @@ def _training_network(detector: nn.Module, device: torch.device, compile: bool) 
     return DistributedDataParallel(detector, [device] if device.type == "cuda" else None)
 
 
-def _endless(loader: DataLoader, max_iters: int) -> Iterator:
-    """Batches of the loader, started again when it ends, ``max_iters`` in all."""
-    remaining = max_iters
+def _repeat(loader: DataLoader, num_batches: int) -> Iterator:
+    """Yield this many batches of a loader, starting it again whenever it ends."""
+    remaining = num_batches
     while remaining > 0:
         started_with = remaining
         for batch in loader:
@@ -438,164 +440,6 @@ def _endless(loader: DataLoader, max_iters: int) -> Iterator:
                 "the training loader gives no batch. With drop_last=True it needs at least "
                 "batch_size images."
             )
-
-
-class _Step(NamedTuple):
-    """What the history has to know of an iteration."""
-
-    iteration: int
-    lr: float
-    losses: dict[str, Tensor]
-    paths: Sequence[str]
-
-
-class _Record:
-    """What a training tells: the history, the lines of the log, the progress bar."""
-
-    def __init__(
-        self, history: dict[str, list[float]], max_iters: int, run: TrainingRun | None
-    ) -> None:
-        self.history, self.max_iters, self.run = history, max_iters, run
-        self.pending: list[_Step] = []  # losses still on the device
-        self.logged = len(history.get("iteration", ()))
-        self.bar = tqdm(
-            total=max_iters,
-            initial=self.logged,
-            desc="training",
-            unit="it",
-            disable=not _somebody_watches(),
-        )
-        self.restart_clock()
-
-    def __enter__(self) -> _Record:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.bar.close()
-
-    def restart_clock(self) -> None:
-        """Speed is measured from here on."""
-        self.images, self.iterations, self.since = 0, 0, time.perf_counter()
-
-    def step(
-        self, iteration: int, lr: float, losses: Mapping[str, Tensor], paths: Sequence[str]
-    ) -> None:
-        """Note an iteration, without waiting for the device."""
-        values = {name: loss.detach() for name, loss in losses.items()}
-        self.pending.append(_Step(iteration, lr, values, paths))
-        self.images += len(paths) * num_processes()
-        self.iterations += 1
-        self.bar.update()
-
-    def flush(self) -> dict[str, list[float]]:
-        """Move what is pending from the device to the history; all losses must be finite."""
-        if not self.pending:
-            return self.history
-        names = list(self.pending[0].losses)
-        values = torch.stack([torch.stack(list(s.losses.values())) for s in self.pending])
-        rows = mean_over_processes(values).tolist()
-        for step, row in zip(self.pending, rows, strict=True):
-            parts = dict(zip(names, row, strict=True))
-            if not all(map(math.isfinite, row)):
-                if self.run is not None:
-                    self.run.write_history(self.history)  # the way there
-                paths = [path for paths in gather(step.paths) for path in paths]
-                raise FloatingPointError(
-                    f"the loss became {parts['loss']} at iteration {step.iteration} (parts: "
-                    f"{parts}). The batch: {', '.join(paths)}. "
-                    + (f"{self.run.last_good()} " if self.run is not None else "")
-                    + "Look at these files, lower the learning rate, or clip the gradients."
-                )
-            for name, value in {"iteration": step.iteration, "lr": step.lr, **parts}.items():
-                self.history.setdefault(name, []).append(value)
-        self.pending.clear()
-        return self.history
-
-    def log(self) -> None:
-        """A line with the means since the last one."""
-        history = self.flush()
-        if self.run is not None:
-            self.run.write_history(history)
-        iteration, lr = history["iteration"][-1], history["lr"][-1]
-        count = iteration - self.logged
-        means = {
-            name: sum(values[-count:]) / count
-            for name, values in history.items()
-            if name not in ("iteration", "lr")
-        }
-        seconds = time.perf_counter() - self.since
-        speed = self.images / seconds
-        left = round((self.max_iters - iteration) * seconds / self.iterations)
-        self.logged = iteration
-        self.restart_clock()
-        if is_main_process():
-            parts = "".join(f"[{name}: {value:.3f}]" for name, value in means.items())
-            self.bar.write(
-                f"[Iter {iteration}]{parts} lr {lr:.1e}, {speed:.1f} images/s, "
-                f"{datetime.timedelta(seconds=left)} left"
-            )
-            self.bar.set_postfix(
-                loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.1f}"
-            )
-
-
-def _somebody_watches() -> bool:
-    """In a file, a bar that is redrawn would make a mess."""
-    return is_main_process() and (in_notebook_or_window() or sys.stderr.isatty())
-
-
-def plot_losses(
-    history: Mapping[str, Sequence[float]],
-    path: str | os.PathLike | None = None,
-    evaluations: Sequence[Mapping[str, float]] = (),
-):
-    """Plot the loss of a training and its parts, smoothed, over the iterations.
-
-    Args:
-        history: as returned by ``train_detector``.
-        path: save the plot here; shown in a notebook or a window unless given.
-        evaluations: ``{"iteration", "mAP"}`` each, drawn on an axis of their own.
-
-    Returns:
-        The matplotlib axes.
-    """
-    from matplotlib.figure import Figure
-
-    show = path is None and in_notebook_or_window()
-    if show:
-        import matplotlib.pyplot as plt
-
-        figure = plt.figure(figsize=(8, 5))
-    else:
-        figure = Figure(figsize=(8, 5))
-    ax = figure.add_subplot()
-    iterations = torch.tensor(history["iteration"])
-    for name in (key for key in history if key not in ("iteration", "lr")):
-        values = torch.tensor(history[name])
-        # A running mean over about 2 % of the training shows the course through the noise.
-        window = max(1, len(values) // 50)
-        smooth = values.unfold(0, window, 1).mean(dim=1)
-        width = 2.4 if name == "loss" else 1.4
-        (line,) = ax.plot(iterations[window - 1 :], smooth, linewidth=width, label=name)
-        if name == "loss":
-            ax.plot(iterations, values, linewidth=0.5, alpha=0.25, color=line.get_color())
-    ax.set(title="training loss", xlabel="iteration", ylabel="loss")
-    ax.set_ylim(bottom=0)
-    ax.grid(alpha=0.3)
-    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
-    if evaluations:
-        twin = ax.twinx()
-        steps = [entry["iteration"] for entry in evaluations]
-        percent = [100 * entry["mAP"] for entry in evaluations]
-        lines += twin.plot(steps, percent, "ko-", markersize=4, label="validation mAP")
-        twin.set(ylabel="mAP@0.5 in %", ylim=(0, 100))
-    ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(lines))
-    if path is not None:
-        with replacing(path) as unfinished:
-            figure.savefig(unfinished, bbox_inches="tight")
-    if show:
-        plt.show()
-    return ax
 
 
 # --------------------------------------------------------------------------------------------
@@ -617,11 +461,11 @@ def inference_with_detector(
 
     Args:
         detector: maps one image to ``(boxes, class ids, scores)``.
-        test_loader: gives ``(paths, images, gt_boxes)`` with one image a batch.
+        test_loader: yields ``(paths, images, gt_boxes)`` batches of one image.
         idx_to_class: class id -> name.
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
-        output_dir: write ``detection-results/NAME.txt`` and ``ground-truth/NAME.txt`` here, one
+        output_dir: folder for ``detection-results/NAME.txt`` and ``ground-truth/NAME.txt``, one
             pair of files for every image, in the text format of ``eecs598.metrics`` (which
             Cartucho's mAP script reads, too). Without it, each image is drawn.
         dtype: to run the detector in.
@@ -631,9 +475,14 @@ def inference_with_detector(
         Predictions (``boxes (K, 4)``, ``labels (K,)``, ``scores (K,)``) and ground truth
         (``boxes (M, 4)``, ``labels (M,)``) of every image, on the CPU: what
         ``eecs598.metrics.average_precision`` takes.
+
+    Raises:
+        ValueError: two images whose text files would have the same name, or a batch of more than
+            one image.
     """
     classes = [idx_to_class[i] for i in range(len(idx_to_class))]
-    predictions, targets, names = [], [], set()
+    predictions, targets = [], []
+    names: set[str] = set()
     start = time.perf_counter()
     for path, image, prediction, target in iterate_detections(
         detector, test_loader, score_thresh, nms_thresh, dtype=dtype, device=device
@@ -646,8 +495,8 @@ def inference_with_detector(
             name = Path(path).stem
             if name in names:
                 raise ValueError(
-                    f"two images are called {name}, and their text files would be, too; one is "
-                    f"{path}. `fcos eval` tells images of different folders apart."
+                    f"two images are called {name}, so their text files would have the same name; "
+                    f"one is {path}. `fcos eval` names images of different folders differently."
                 )
             names.add(name)
             write_text_format(output_dir, name, prediction, target, classes)
@@ -666,7 +515,10 @@ def iterate_detections(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-    """Detect image by image; the arguments are those of ``inference_with_detector``.
+    """Detect objects image by image.
+
+    The arguments are those of ``inference_with_detector``. The detector is in evaluation mode until
+    the last image, and then in the mode that it was in.
 
     Yields:
         The path; the image ``(3, H, W)`` in [0, 1]; the prediction ``boxes (K, 4)``,
@@ -676,13 +528,13 @@ def iterate_detections(
     was_training = detector.training
     detector.to(dtype=dtype, device=device).eval()
     try:
-        hidden = not _somebody_watches()
+        hidden = not show_progress()
         for paths, images, gt_boxes in tqdm(
             test_loader, desc="inference", unit="image", disable=hidden
         ):
             if len(images) != 1:
                 raise ValueError(
-                    f"the loader gives {len(images)} images a batch; evaluation needs "
+                    f"the loader gives {len(images)} images per batch; evaluation needs "
                     "batch_size=1, because the images differ in size."
                 )
             with torch.no_grad():
@@ -709,25 +561,28 @@ def evaluate_detector(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
-    """Detect in all images of a data set: what ``eecs598.report`` starts from.
+    """Detect objects in all images of a data set.
 
-    Where there are several processes, each detects in its share and all get the whole.
+    With several processes, each runs on a part of the images and all get the whole result.
 
     Args:
         detector: see ``inference_with_detector``.
-        dataset: a split that is not augmented.
+        dataset: images that are not augmented.
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
         levels: see ``Evaluation``.
         num_workers: processes that load images.
         device: to run on.
+
+    Returns:
+        What ``eecs598.metrics`` and ``eecs598.report`` start from.
     """
     loader = DataLoader(
         Subset(dataset, range(rank(), len(dataset), num_processes())),
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.device(device).type != "cpu",
-        generator=torch.Generator(),  # an evaluation in a training does not touch its randomness
+        generator=torch.Generator(),  # or an evaluation would change the training after it
     )
     detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
     shares = gather(
@@ -743,11 +598,11 @@ def evaluate_detector(
 
 
 def target_rows(target: Mapping[str, Tensor]) -> Tensor:
-    """Rows ``(M, 5)`` of x1, y1, x2, y2, class id: what ``detection_visualizer`` draws."""
+    """Return rows ``(M, 5)`` of x1, y1, x2, y2, class id: what ``detection_visualizer`` draws."""
     return torch.cat([target["boxes"], target["labels"][:, None]], dim=1)
 
 
 def prediction_rows(prediction: Mapping[str, Tensor]) -> Tensor:
-    """Rows ``(K, 6)`` of x1, y1, x2, y2, class id, score: what ``detection_visualizer`` draws."""
+    """Return rows ``(K, 6)`` of x1, y1, x2, y2, class id, score, as ``target_rows`` does."""
     labels, scores = prediction["labels"], prediction["scores"]
     return torch.cat([prediction["boxes"], labels[:, None], scores[:, None]], dim=1)

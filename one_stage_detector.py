@@ -432,7 +432,7 @@ class FCOS(nn.Module):
                     module.eval()
         return self
 
-    def pretrained_parameters(self) -> list[nn.Parameter]:
+    def backbone_parameters(self) -> list[nn.Parameter]:
         """The parameters that came with the backbone's weights."""
         return list(self.backbone.backbone.parameters())
 

@@ -1,12 +1,13 @@
-"""What does each ingredient of a training give? One change at a time, everything else equal.
+"""How much mAP does each change of the settings give? One change at a time, everything else equal.
 
     python -m benchmarks.ablation --data DIR --out runs/ablation [fcos train's options]
 
-trains once with the options given, and once more for each row of CHANGES. Every training is a run
-folder of `fcos train` in --out; those that are finished are not repeated, one that was stopped goes
-on, so that the whole can be interrupted at any time. With --seeds 0,1,2 each row is trained with
-each of them. Prints a table, also of what there is so far (--table). Its interval holds 95 % of the
-differences on other draws of the same number of images, the same draw for both trainings.
+trains once with the options given, and once more for each row of CHANGES. Every training run is a
+folder of ``fcos train`` in --out. Runs that are finished are not repeated, and one that was stopped
+is resumed, so the benchmark can be interrupted at any time. With --seeds 0,1,2 each row is trained
+with each seed. Prints a table, with --table of the runs that are finished so far. The interval
+holds 95 % of the differences on other samples of the same number of images, the same sample for
+both runs.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ CHANGES: dict[str, list[str]] = {
     "flip + zoom": ["--augment", "flip,zoom"],
     "GIoU": ["--box-loss", "giou"],
     "cosine and warm-up": ["--schedule", "cosine", "--warmup-iters", "100"],
-    "moving average": ["--average-decay", "0.998"],
+    "moving average": ["--ema-decay", "0.998"],
     "frozen batch norm": ["--frozen-batch-norm"],
-    "centre sampling 1.5": ["--center-radius", "1.5"],
+    "center sampling 1.5": ["--center-radius", "1.5"],
     "group norm in the head": ["--head-norm", "group"],
     "scale per level": ["--level-scales"],
     "gradients clipped at 5": ["--max-grad-norm", "5"],
-    "backbone lr x 0.1": ["--pretrained-lr-factor", "0.1"],
+    "backbone lr x 0.1": ["--backbone-lr-factor", "0.1"],
     "flip + IoU crop": ["--augment", "flip,iou_crop"],
     "flip + photometric": ["--augment", "flip,photometric"],
     "flip + zoom + mosaic": ["--augment", "flip,zoom,mosaic"],
@@ -54,11 +55,13 @@ CHANGES: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print the finished runs, train nothing"
+    )
     parser.add_argument(
         "--rows", default=",".join(CHANGES), help="names of the rows to run, comma between them"
     )
@@ -81,23 +84,24 @@ def main() -> None:
         with subprocess.Popen(command) as training:
             try:
                 status = training.wait()
-            except KeyboardInterrupt:  # the training got it, too, and saves first
+            except KeyboardInterrupt:  # the training run received it, too, and saves first
                 training.wait()
                 break
         if status == 2:
-            print(f"== {name} failed")  # it would fail again, but others need not
+            print(f"== {name} failed")  # it would fail again, but other rows may not
         elif status:
             break
     print(table(args.out))
 
 
 def _folder(out: Path, name: str, seed: str = "0") -> Path:
+    """Return the run folder of a row."""
     suffix = "" if seed == "0" else f".seed-{seed}"
     return out / ("".join(c if c.isalnum() else "-" for c in name.lower()) + suffix)
 
 
 def table(out: Path) -> str:
-    """The finished rows as a Markdown table; with several seeds, the difference is of the means."""
+    """Return a Markdown table of the finished rows; over several seeds, means are compared."""
     lines = ["| change | mAP@0.5 | difference | 95 % interval |", "|---|---|---|---|"]
     base = _finished(out, "base")
     for name in CHANGES:
@@ -115,20 +119,20 @@ def table(out: Path) -> str:
 
 
 def _finished(out: Path, name: str) -> list[Path]:
-    """The run folder of each seed that is finished."""
+    """Return the run folder of each seed that is finished."""
     folder = _folder(out, name)
     folders = [folder, *sorted(out.glob(f"{folder.name}.seed-*"))]
     return [each for each in folders if (each / "metrics.json").is_file()]
 
 
 def _scores(runs: list[Path]) -> list[float]:
-    """The mAP of each in percent."""
+    """Return the mAP of each run in percent."""
     files = [run / "metrics.json" for run in runs]
     return [100 * json.loads(file.read_text(encoding="utf-8"))["mAP"] for file in files]
 
 
 def _interval(run: Path, base: Path) -> str:
-    """By how much a run is above another one, in points of mAP, for other draws of the images."""
+    """Return the interval of the difference of two runs, in points of mAP."""
     ours, theirs = read_text_format(run), read_text_format(base)
     result = bootstrap_difference(
         ours.predictions,

@@ -1,18 +1,18 @@
-"""How soon does the command line answer, next to a Python that does nothing?"""
+"""How long does the command line take to answer, compared with a Python that does nothing?"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from benchmarks.timing import Row, side_by_side
 
 
 def rows(device: str) -> Iterator[Row]:
-    """New processes, started one after the other."""
+    """Yield the time of ``fcos --help``, in new processes that are started one after the other."""
 
-    def run(*arguments: str):
+    def run(*arguments: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
 
     script = "from fcos.cli import main; main(['--help'])"  # what the installed command does

@@ -14,7 +14,6 @@ from torchvision.transforms import functional as TF
 from a4_helper import (
     VOC2007DetectionTiny,
     inference_with_detector,
-    plot_losses,
     train_detector,
     unnormalize,
 )
@@ -242,13 +241,10 @@ def test_amp_runs_the_network_alone_in_bfloat16(loader, monkeypatch):
 
 
 def test_loss_plot(loader, tmp_path):
-    history = train_detector(Toy(), loader, max_iters=4, plot_path=tmp_path / "plots/loss.png")
+    train_detector(Toy(), loader, max_iters=4, plot_path=tmp_path / "plots/loss.png")
     with Image.open(tmp_path / "plots/loss.png") as picture:
         assert min(picture.size) > 200
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
-    ax = plot_losses(history, tmp_path / "again.png")
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["loss", "loss_a", "loss_b"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(loader):

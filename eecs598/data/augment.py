@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from eecs598.training import AUGMENTATIONS
+__all__ = ["AUGMENTATIONS", "Augmentation"]
 
-__all__ = ["Augmentation"]
+AUGMENTATIONS = ("flip", "zoom", "iou_crop", "photometric", "mosaic")
 
 # The colour that stands for "nothing here": ImageNet's mean, 0 once normalised.
 FILL = (124, 116, 104)

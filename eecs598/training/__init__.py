@@ -1,40 +1,60 @@
 """Settings, optimization, checkpoints and logs of a training run.
 
-The settings are read without PyTorch, so that ``fcos train --help`` answers at once; all else
-is imported on first use.
+The settings are read without PyTorch, so that ``fcos train --help`` answers at once; everything
+else is imported on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from eecs598.training.settings import (
-    AUGMENTATIONS,
     RECIPES,
+    SETTINGS,
+    DataSettings,
+    ModelSettings,
+    OptimizationSettings,
+    RunSettings,
+    Setting,
     Settings,
     from_recipe,
-    parse_setting,
 )
 
 if TYPE_CHECKING:
-    from eecs598.training.checkpoint import load_checkpoint
+    from eecs598.training.checkpoint import load_checkpoint, save_checkpoint
+    from eecs598.training.log import TrainingLogger, plot_losses, show_progress
     from eecs598.training.notebook import NotebookSettings, notebook_settings
     from eecs598.training.optimization import (
+        ema,
         learning_rate_factor,
         make_optimizer,
         mixed_precision,
         network_dtype,
         precision_name,
-        weight_average,
     )
-    from eecs598.training.run import TrainingRun, TrainingStopped, ignore_signals
+    from eecs598.training.run import (
+        RunDescription,
+        Stateful,
+        TrainingRun,
+        TrainingStopped,
+        ignore_signals,
+    )
 
 __all__ = [
-    "AUGMENTATIONS",
-    "NotebookSettings",
     "RECIPES",
+    "SETTINGS",
+    "DataSettings",
+    "ModelSettings",
+    "NotebookSettings",
+    "OptimizationSettings",
+    "RunDescription",
+    "RunSettings",
+    "Setting",
     "Settings",
+    "Stateful",
+    "TrainingLogger",
     "TrainingRun",
     "TrainingStopped",
+    "ema",
     "from_recipe",
     "ignore_signals",
     "learning_rate_factor",
@@ -43,15 +63,17 @@ __all__ = [
     "mixed_precision",
     "network_dtype",
     "notebook_settings",
-    "parse_setting",
+    "plot_losses",
     "precision_name",
-    "weight_average",
+    "save_checkpoint",
+    "show_progress",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    """Import what needs PyTorch when it is asked for."""
     if name in __all__:
-        for module in ("checkpoint", "optimization", "run", "notebook"):
+        for module in ("checkpoint", "log", "notebook", "optimization", "run"):
             found = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
             if found is not None:
                 return found

@@ -1,9 +1,9 @@
-"""Files that hold a trained model, with what is needed to build it again or to train it on.
+"""Checkpoints: files with a trained model, its settings, and the state that training resumes from.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it can be loaded with
 ``weights_only=True``: reading one never runs code from the file. A plain state dict, as the
 assignment saves it (``torch.save(detector.state_dict(), "fcos_detector.pt")``), is read as a
-checkpoint that knows nothing but the model.
+checkpoint without settings and class names.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def save_checkpoint(
     classes: list[str],
     **more: Any,
 ) -> None:
-    """Write a checkpoint; a reader never meets half a file.
+    """Write a checkpoint. Until the file is complete, the old one stays in its place.
 
     Args:
         path: of the file.
-        model: state dict.
-        settings: what the model is built with.
+        model: state dict of the detector.
+        settings: of the run, as ``Settings.to_dict`` returns them.
         classes: class names in the order of their ids.
-        more: further entries.
+        more: further entries, such as the iteration.
     """
     with replacing(path) as unfinished:
         torch.save({"model": model, "settings": settings, "classes": classes, **more}, unfinished)
@@ -77,12 +77,13 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the random generators of Python, NumPy and PyTorch (CPU and this GPU)."""
+    """Return the states of the random generators of Python, NumPy and PyTorch (CPU, this GPU)."""
     version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
@@ -92,8 +93,9 @@ def restore_random_states(states: dict[str, Any]) -> None:
     """Put the random generators into the states that ``random_states`` returned."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    numpy_state = states["numpy"]
+    key = numpy_state["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

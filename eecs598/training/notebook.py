@@ -6,6 +6,7 @@ VOC 2007. ``notebook_settings`` looks at what is there and decides.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,22 +65,22 @@ class NotebookSettings:
     @property
     def batch_size(self) -> int:
         """Images per training step."""
-        return self.recipe.batch_size
+        return self.recipe.data.batch_size
 
     @property
     def weights(self) -> str | None:
         """What the backbone starts from: ``"DEFAULT"`` (ImageNet weights) or None (random)."""
-        return None if self.recipe.weights == "none" else "DEFAULT"
+        return self.recipe.model.kwargs()["weights"]
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the training run, before the schedule lowers it."""
-        return self.recipe.lr
+        return self.recipe.optimization.learning_rate
 
     @property
     def overfit_learning_rate(self) -> float:
         """Learning rate of the run that overfits a few images; the assignment's is lower there."""
-        return min(self.recipe.lr, 5e-3)
+        return min(self.learning_rate, 5e-3)
 
     def solver_kwargs(self, max_iters: int) -> dict[str, Any]:
         """Return what ``train_detector`` takes beyond learning rate, iterations and device.
@@ -88,19 +89,14 @@ class NotebookSettings:
             max_iters: optimizer steps of the run. The warm-up is the same share of it as in the
                 recipe, whose runs are longer.
         """
-        recipe = self.recipe
-        return {
-            "optimizer": recipe.optimizer,
-            "weight_decay": recipe.weight_decay,
-            "schedule": recipe.schedule,
-            "warmup_iters": round(recipe.warmup_iters / recipe.iters * max_iters),
-            "max_grad_norm": recipe.max_grad_norm,
-            "amp": recipe.amp,
-        }
+        solver = self.recipe.optimization
+        warmup_iters = round(solver.warmup_iters / solver.max_iters * max_iters)
+        kwargs = dataclasses.replace(solver, warmup_iters=warmup_iters).kwargs()
+        return {name: kwargs[name] for name in kwargs.keys() - {"learning_rate", "max_iters"}}
 
     def __str__(self) -> str:
         """Return a table, one line per decision."""
-        solver = self.solver_kwargs(self.max_iters).items()
+        solver = self.solver_kwargs(self.max_iters)
         rows = {
             "data": f"{self.data_dir}{' (to be downloaded)' if self.download else ''}",
             "classes": len(self.classes),
@@ -111,7 +107,8 @@ class NotebookSettings:
             "overfitting": f"{self.overfit_iters} iterations, "
             f"learning rate {self.overfit_learning_rate:g}",
             "training": f"{self.max_iters} iterations, learning rate {self.learning_rate:g}",
-            "solver": ", ".join(f"{name} {value}" for name, value in solver),
+            "solver": f"{solver['optimizer']}, {solver['schedule']} schedule, "
+            f"{solver['warmup_iters']} iterations of warm-up",
             "FPN channels": self.fpn_channels,
             "stem channels": self.stem_channels,
             "backbone start": "random weights" if self.weights is None else "ImageNet weights",
@@ -177,12 +174,12 @@ def notebook_settings(
     # gradients against the first, wild steps.
     recipe = RECIPES["shapes" if generated and schedule == "quick" else "handout"]
     if schedule == "full":
-        image_size, fpn_channels = recipe.image_size, recipe.fpn_channels
-        stem_channels, max_iters = recipe.stem, recipe.iters
+        image_size, max_iters = recipe.data.image_size, recipe.optimization.max_iters
+        fpn_channels, stem_channels = recipe.model.fpn_channels, recipe.model.stem_channels
         overfit_iters, overfit_batches = 500, 10
     else:
-        image_size, fpn_channels = 128, 64
-        stem_channels, max_iters = (64, 64), 600
+        image_size, max_iters = 128, 600
+        fpn_channels, stem_channels = 64, (64, 64)
         overfit_iters, overfit_batches = 60, 1
 
     output_dir = project_dir if in_colab else Path("runs") / "notebook"

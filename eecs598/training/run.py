@@ -1,10 +1,11 @@
-"""The folder of one training: what it takes to go on after a stop, and to know what was done.
+"""The folder of a training run: what it takes to continue after a stop, and to know what was done.
 
-run.json            settings, command, versions, state of the repository, data
-checkpoint.pt       the last checkpoint: everything that the training goes on from
+run.json            recipe, settings, data, command, versions, state of the repository
+checkpoint.pt       the last checkpoint: everything that the run continues from
 checkpoint-N.pt     those kept on request
 best.pt             the model with the best validation mAP so far
-history.jsonl       one line an iteration, and one an evaluation
+history.jsonl       one line per iteration, and one per evaluation
+loss.png            losses and validation mAP over the iterations
 """
 
 from __future__ import annotations
@@ -15,59 +16,203 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from eecs598.runtime import any_process, is_main_process, remove_unfinished, replacing
+from eecs598.runtime import (
+    any_process,
+    is_main_process,
+    remove_unfinished,
+    replacing,
+    write_json,
+)
 from eecs598.training.checkpoint import (
     load_checkpoint,
     random_states,
     restore_random_states,
     save_checkpoint,
 )
+from eecs598.training.settings import Settings
 
-__all__ = ["TrainingRun", "TrainingStopped", "ignore_signals"]
+__all__ = [
+    "History",
+    "RunDescription",
+    "Stateful",
+    "TrainingRun",
+    "TrainingStopped",
+    "ignore_signals",
+]
 
+# Name -> one number per iteration: "iteration", "lr", "loss", and each part of the loss.
 History = dict[str, list[float]]
+
+Plot = Callable[[History, Path, Sequence[Mapping[str, float]]], Any]
 
 
 class Stateful(Protocol):
     """What a checkpoint can hold: modules, optimizers, schedulers, gradient scalers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, of tensors, numbers, strings, lists and dicts."""
+        """Return the state, of tensors, numbers, strings, lists and dicts."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Take on a state."""
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Continue from a state."""
+        ...
 
 
 class TrainingStopped(Exception):
-    """A signal ended the training; its state was saved first."""
+    """A signal ended the training run; its state was saved first."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
 
 
+# --------------------------------------------------------------------------------------------
+# Description
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class RunDescription:
+    """What a run was started with: the content of ``run.json``.
+
+    Attributes:
+        out: folder of the run.
+        recipe: name of the recipe that the settings started from.
+        settings: of the run.
+        data: absolute path of the data set.
+        class_names: in the order of their ids.
+        environment: what ``describe_environment`` returned, once per start of the run.
+        contents: number of images and objects of each split; empty until the data is read.
+    """
+
+    out: Path
+    recipe: str
+    settings: Settings
+    data: str
+    class_names: list[str]
+    environment: list[dict[str, Any]]
+    contents: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> RunDescription:
+        """Read the description of a run.
+
+        Raises:
+            ValueError: the folder has none, or one that can't be read.
+        """
+        folder = Path(folder)
+        try:
+            values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return cls(
+                out=folder,  # it may have moved
+                recipe=values["recipe"],
+                settings=Settings.from_dict(values["settings"]),
+                data=values["data"],
+                class_names=values["classes"],
+                environment=values["environment"],
+                contents=values["contents"],
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder / 'run.json'} has no entry {error}.") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{folder} is no folder that a training run could continue in: {error}."
+            ) from error
+
+    @classmethod
+    def latest_unfinished(cls, runs: str | os.PathLike) -> RunDescription:
+        """Read the description of the run in a folder of runs that was started last.
+
+        Raises:
+            ValueError: every run in it has its metrics.
+        """
+        folders = [path.parent for path in Path(runs).glob("*/run.json")]
+        unfinished = [folder for folder in folders if not (folder / "metrics.json").exists()]
+        if not unfinished:
+            raise ValueError(f"no unfinished training run in {runs}/; name its folder with --out.")
+        return cls.read(max(unfinished, key=lambda each: (each / "run.json").stat().st_mtime))
+
+    def check_contents(self, contents: dict[str, Any]) -> None:
+        """Compare the data with what it was when the run began.
+
+        Raises:
+            ValueError: it has other images or objects now.
+        """
+        if self.contents and self.contents != contents:
+            raise ValueError(
+                f"{self.data} has changed since the training run in {self.out} began: it had "
+                f"{self.contents} and has {contents}. Bring back the old data, or start another "
+                "run."
+            )
+        self.contents = contents
+
+    def write(self) -> None:
+        """Write ``run.json``."""
+        write_json(
+            self.out / "run.json",
+            {
+                "out": str(self.out),
+                "recipe": self.recipe,
+                "settings": self.settings.to_dict(),
+                "data": self.data,
+                "classes": self.class_names,
+                "environment": self.environment,
+                "contents": self.contents,
+            },
+        )
+
+    def change(self, recipe: str | None, changed: Mapping[str, Any]) -> None:
+        """Take on settings that the user gave when the run is continued.
+
+        Args:
+            recipe: name of a recipe, or None.
+            changed: value by the name of the setting.
+
+        Raises:
+            ValueError: another recipe, or another value of a setting that decides the result.
+        """
+        kept = {"recipe": self.recipe, **self.settings.values()}
+        given = {"recipe": recipe or self.recipe, **changed}
+        for name, value in given.items():
+            if value != kept[name] and not hasattr(self.settings.run, name):
+                raise ValueError(
+                    f"{self.out} was started with {name} {kept[name]}, and now {value} was given. "
+                    "A training run continues with the settings that it began with; leave the "
+                    "option out, or start another run."
+                )
+        self.settings = self.settings.replace(**changed)
+
+
+# --------------------------------------------------------------------------------------------
+# Run
+# --------------------------------------------------------------------------------------------
+
+
 class TrainingRun:
-    """Saves a training while it runs, and brings it back.
+    """Saves a training run while it is under way, and restores it after a stop.
 
     With several processes, every one of them makes the same calls; the main process writes.
 
     Args:
         folder: of the run.
-        settings: of the training, kept in every checkpoint.
-        classes: class names in the order of their ids.
+        settings: of the run, kept in every checkpoint.
+        class_names: in the order of their ids.
         checkpoint_every: iterations between two checkpoints; 0 for the end alone.
         keep_every: a checkpoint at a multiple of it stays as ``checkpoint-N.pt``; 0 for none.
-        evaluate: gives the metrics of a model on the validation set, with their ``"mAP"``.
+        evaluate: returns the mAP of a model on the validation set.
         eval_every: iterations between two evaluations; 0 for the end alone.
-        plot: draws the history and the evaluations whenever a checkpoint is written.
+        plot: draws the history and the evaluations into a file whenever a checkpoint is written:
+            ``eecs598.training.plot_losses``.
         tensorboard: write the losses and the mAP for TensorBoard, too.
-        resume: go on from ``folder/checkpoint.pt``.
+        resume: continue from ``folder/checkpoint.pt``.
 
     Raises:
         ValueError: a checkpoint that can't be read, or that holds a model alone; TensorBoard is
@@ -78,25 +223,25 @@ class TrainingRun:
         self,
         folder: str | os.PathLike,
         settings: Mapping[str, Any],
-        classes: Sequence[str],
+        class_names: Sequence[str],
         *,
         checkpoint_every: int = 0,
         keep_every: int = 0,
-        evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+        evaluate: Callable[[Any], float] | None = None,
         eval_every: int = 0,
-        plot: Callable[[History, Sequence[Mapping[str, float]]], Any] | None = None,
+        plot: Plot | None = None,
         tensorboard: bool = False,
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        self.settings, self.classes = dict(settings), list(classes)
+        self.settings, self.class_names = dict(settings), list(class_names)
         self.checkpoint_every, self.keep_every = checkpoint_every, keep_every
         self.evaluate, self.eval_every = evaluate, eval_every
         self.plot = plot
         self.evaluations: list[dict[str, float]] = []
         self.signal_number: int | None = None
         self._stopping = self._evaluating = False
-        self._resumed_from = load_training(self.checkpoint_path) if resume else None
+        self._resumed_from = _load_training(self.checkpoint_path) if resume else None
         self._written = 0  # iterations in history.jsonl
         self._tensorboard = None
         if tensorboard and is_main_process():
@@ -104,19 +249,22 @@ class TrainingRun:
 
     @property
     def iteration(self) -> int:
-        """How many iterations the checkpoint that the run goes on from has done."""
+        """Number of iterations done in the checkpoint that the run continues from."""
         return 0 if self._resumed_from is None else self._resumed_from["iteration"]
 
     @property
     def checkpoint_path(self) -> Path:
-        """The file that the training goes on from."""
+        """The file that the run continues from."""
         return self.folder / "checkpoint.pt"
 
     def restore(self, state: Mapping[str, Stateful]) -> History:
-        """Load the checkpoint into what the training consists of, if the run is resumed.
+        """Load the checkpoint into the parts of the training, if the run is resumed.
+
+        Args:
+            state: detector, optimizer and whatever else was given to ``save``, by name.
 
         Returns:
-            The history up to the checkpoint; empty at the start of a training.
+            The history up to the checkpoint; empty at the start of a run.
         """
         saved, self._resumed_from = self._resumed_from, None
         history: History = {}
@@ -128,8 +276,8 @@ class TrainingRun:
             restore_random_states(saved["random"])
             self.evaluations, history = saved["evaluations"], saved["history"]
         if is_main_process():
-            # What a killed process began to write goes; what came after the checkpoint happens
-            # again.
+            # Remove what a killed process began to write, and the iterations after the
+            # checkpoint, which are done again.
             remove_unfinished(self.folder)
             entries = [*_steps(history, 0), *self.evaluations]
             entries.sort(key=lambda entry: entry["iteration"])  # stable: evaluations come second
@@ -137,6 +285,10 @@ class TrainingRun:
                 unfinished.write_text(_json_lines(entries), encoding="utf-8")
         self._written = len(history.get("iteration", ()))
         return history
+
+    # ----------------------------------------------------------------------------------------
+    # Checkpoints and evaluations
+    # ----------------------------------------------------------------------------------------
 
     def is_due(self, iteration: int, last: bool) -> bool:
         """Whether ``save`` has something to do; with several processes, all get one answer."""
@@ -160,10 +312,10 @@ class TrainingRun:
 
         Args:
             iteration: that was done last.
-            model: that detects best: the moving average where there is one.
-            state: all that a training consists of.
-            history: with one entry an iteration.
-            last: whether the training ends here; then the model is evaluated in any case.
+            model: to evaluate: the moving average where there is one.
+            state: all parts of the training that a checkpoint has to hold, by name.
+            history: with one entry per iteration.
+            last: whether the run ends here; then the model is evaluated in any case.
 
         Raises:
             FloatingPointError: the model has parameters that are not finite; what was saved
@@ -200,25 +352,23 @@ class TrainingRun:
         )
 
     def _evaluate(self, iteration: int, model: nn.Module) -> None:
+        assert self.evaluate is not None
         self._evaluating = True
         try:
             if self.signal_number is not None:  # it came a moment ago
                 raise KeyboardInterrupt
-            mean = self.evaluate(model)["mAP"]
+            entry = {"iteration": iteration, "mAP": self.evaluate(model)}
         except KeyboardInterrupt:
             raise self._stopped(iteration) from None
         finally:
             self._evaluating = False
-        entry = {"iteration": iteration, "mAP": mean}
-        best = entry["mAP"] > max((other["mAP"] for other in self.evaluations), default=-1.0)
+        is_best = entry["mAP"] > max((other["mAP"] for other in self.evaluations), default=-1.0)
         self.evaluations.append(entry)
         if is_main_process():
             self._append([entry])
-            if best:
-                weights = model.state_dict()
-                save_checkpoint(
-                    self.folder / "best.pt", weights, self.settings, self.classes, **entry
-                )
+            if is_best:
+                path, weights = self.folder / "best.pt", model.state_dict()
+                save_checkpoint(path, weights, self.settings, self.class_names, **entry)
 
     def _write_checkpoints(
         self,
@@ -237,7 +387,7 @@ class TrainingRun:
                 path,
                 weights,
                 self.settings,
-                self.classes,
+                self.class_names,
                 iteration=iteration,
                 state={name: part.state_dict() for name, part in state.items()},
                 random=random_states(),
@@ -245,10 +395,10 @@ class TrainingRun:
                 evaluations=self.evaluations,
             )
         if self.plot is not None:
-            self.plot(history, self.evaluations)
+            self.plot(history, self.folder / "loss.png", self.evaluations)
 
     def last_good(self) -> str:
-        """A sentence on what to go back to after something went wrong."""
+        """Return a sentence on what to go back to after something went wrong."""
         if self.checkpoint_path.is_file():
             return f"The last good checkpoint is {self.checkpoint_path}."
         return "There is no checkpoint yet."
@@ -279,13 +429,13 @@ class TrainingRun:
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Within the block, Ctrl-C and SIGTERM are noted, and the training ends in good order.
+        """Within the block, record Ctrl-C and SIGTERM, so that the run stops after its iteration.
 
-        An evaluation is interrupted; it is made up for when the training goes on. A second Ctrl-C
-        ends everything at once, as ever.
+        An evaluation is interrupted; it is repeated when the run is resumed. A second Ctrl-C ends
+        everything at once, as usual.
         """
 
-        def note(number: int, _frame: object) -> None:
+        def note(number: int, _frame: FrameType | None) -> None:
             self.signal_number = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self._evaluating:
@@ -305,25 +455,24 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ignore_signals(_worker: int) -> None:
-    """For the processes that load data: signals often go to all, but the trainer ends them."""
+    """Ignore Ctrl-C and SIGTERM in a process that loads data.
+
+    Signals are often sent to all processes; this one is ended by the process that trains.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_training(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint that a training can go on from.
-
-    Raises:
-        ValueError: there is none, or it holds a model alone.
-    """
+def _load_training(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that holds more than a model."""
     checkpoint = load_checkpoint(path)
     if "state" not in checkpoint:
-        raise ValueError(f"{path} holds a model alone; a training can't go on from it.")
+        raise ValueError(f"{path} holds a model alone; a training run can't continue from it.")
     return checkpoint
 
 
 def _steps(history: History, first: int) -> Iterator[dict[str, float]]:
-    """The history iteration by iteration."""
+    """Yield the history iteration by iteration."""
     for position in range(first, len(history.get("iteration", ()))):
         yield {name: values[position] for name, values in history.items()}
 

@@ -1,220 +1,424 @@
-"""The settings of a training, and the recipes: settings that are known to go well together.
+"""The settings of a training run, in groups, and the recipes: settings that go well together.
 
-Every field of ``Settings`` is an option of ``fcos train`` under the same name, is printed when the
-training starts and is saved with it.
+A group holds keyword arguments of one part of the program, under the names of its parameters::
+
+    FCOS(num_classes, **settings.model.kwargs())
+    train_detector(detector, train_loader, **settings.optimization.kwargs())
+    TrainingRun(folder, settings.to_dict(), class_names, **settings.run.kwargs())
+
+A setting is named, typed and documented at its field and nowhere else. It is an option of
+``fcos train``, is printed when the training starts, and is saved with every checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["AUGMENTATIONS", "RECIPES", "Settings", "from_recipe", "parse_setting"]
-
-AUGMENTATIONS = ("flip", "zoom", "iou_crop", "photometric", "mosaic")
+__all__ = [
+    "RECIPES",
+    "SETTINGS",
+    "DataSettings",
+    "ModelSettings",
+    "OptimizationSettings",
+    "RunSettings",
+    "Setting",
+    "Settings",
+    "from_recipe",
+]
 
 
 def _setting(
     default: Any,
-    text: str,
+    help: str,
     *,
-    choices: tuple[str, ...] | None = None,
+    option: str | None = None,
     at_least: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    limits = {"choices": choices, "at_least": at_least, "above": above}
-    return dataclasses.field(default=default, metadata={"help": text, **limits})
+    """Return the field of a setting.
+
+    Args:
+        default: the assignment's value.
+        help: text for ``fcos train --help``.
+        option: shorter name for the command line; that of the field unless given.
+        at_least: bound of a number, or of each in a list.
+        above: the same, exclusive.
+        below: the same, exclusive.
+    """
+    limits = {"at_least": at_least, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "option": option, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that decides what a training on given data ends in, up to rounding.
+class _Group:
+    """Settings that are arguments of the same part of the program."""
 
-    The defaults are the assignment's. Where a type allows None, None is "without".
-    """
+    def __post_init__(self) -> None:
+        """Check every value; raises ValueError for one out of range."""
+        for setting in _settings_of(type(self)):
+            setting.check(getattr(self, setting.name))
 
-    iters: int = _setting(9000, "optimizer steps", at_least=1)
-    batch_size: int = _setting(16, "images a step, over all processes", at_least=1)
-    image_size: int = _setting(224, "shorter side in pixels", at_least=1)
-    seed: int = _setting(0, "of everything", at_least=0)
+    def kwargs(self) -> dict[str, Any]:
+        """Return the settings as keyword arguments."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Group):
+    """What the detector consists of: arguments of ``FCOS``."""
 
     backbone: str = _setting("regnet_x_400mf", "torchvision classification network, or timm:NAME")
     weights: str = _setting("default", "of the backbone: default (ImageNet), none or a FILE")
     fpn_channels: int = _setting(128, "width of the feature pyramid", at_least=1)
-    stem: tuple[int, ...] = _setting((128, 128), "channels of the head's convolutions", at_least=1)
-
-    optimizer: str = _setting("sgd", "optimizer", choices=("sgd", "adamw"))
-    lr: float = _setting(8e-3, "learning rate", above=0)
-    pretrained_lr_factor: float = _setting(1.0, "times lr for the backbone's own layers", above=0)
-    weight_decay: float = _setting(1e-4, "weight decay", at_least=0)
-    schedule: str = _setting(
-        "step", "/ 10 after 60 and 90 %%, or down to 0", choices=("step", "cosine")
+    stem_channels: tuple[int, ...] = _setting(
+        (128, 128), "channels of the head's convolutions", option="stem", at_least=1
     )
-    warmup_iters: int = _setting(0, "steps in which the learning rate rises", at_least=0)
-    max_grad_norm: float | None = _setting(None, "clip gradients at this norm", above=0)
-    average_decay: float | None = _setting(
-        None, "moving average of the weights, kept part a step", above=0
-    )
-
-    box_loss: str = _setting("l1", "loss of the boxes", choices=("l1", "giou"))
-    center_radius: float | None = _setting(None, "centre sampling, in strides", above=0)
-    head_norm: str = _setting("none", "normalisation in the head", choices=("none", "group"))
+    box_loss: Literal["l1", "giou"] = _setting("l1", "loss of the boxes")
+    center_radius: float | None = _setting(None, "center sampling, in strides", above=0)
+    head_norm: Literal["none", "group"] = _setting("none", "normalization in the head")
     level_scales: bool = _setting(False, "a learned scale of the boxes for each level")
     frozen_batch_norm: bool = _setting(False, "keep the backbone's batch-norm statistics")
 
-    augment: tuple[str, ...] = _setting((), "of the training images", choices=AUGMENTATIONS)
+    def kwargs(self) -> dict[str, Any]:
+        """Return the settings as keyword arguments of ``FCOS``."""
+        weights = {"default": "DEFAULT", "none": None}.get(self.weights, self.weights)
+        return {**super().kwargs(), "weights": weights}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(_Group):
+    """Which images a training step sees, and how they are varied."""
+
+    batch_size: int = _setting(16, "images per step, over all processes", at_least=1)
+    image_size: int = _setting(224, "shorter side in pixels", at_least=1)
     image_sizes: tuple[int, ...] = _setting(
         (), "train on batches of these sizes at random", at_least=1
     )
-
-    amp: str = _setting(
-        "off", "bfloat16 or float16 where the processor has it", choices=("auto", "off")
+    augment: tuple[Literal["flip", "zoom", "iou_crop", "photometric", "mosaic"], ...] = _setting(
+        (), "of the training images"
     )
+    seed: int = _setting(
+        0, "of the order of the images, their augmentation and the random weights", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings(_Group):
+    """How the weights are found: arguments of ``a4_helper.train_detector``."""
+
+    max_iters: int = _setting(9000, "optimizer steps", option="iters", at_least=1)
+    optimizer: Literal["sgd", "adamw"] = _setting("sgd", "optimizer")
+    learning_rate: float = _setting(8e-3, "learning rate", option="lr", above=0)
+    backbone_lr_factor: float = _setting(1.0, "times lr for the backbone's own layers", above=0)
+    weight_decay: float = _setting(1e-4, "weight decay", at_least=0)
+    schedule: Literal["step", "cosine"] = _setting("step", "/ 10 after 60 and 90 %%, or down to 0")
+    warmup_iters: int = _setting(0, "steps in which the learning rate rises", at_least=0)
+    max_grad_norm: float | None = _setting(None, "clip gradients at this norm", above=0)
+    ema_decay: float | None = _setting(
+        None, "evaluate a moving average of the weights; this part of it stays", above=0, below=1
+    )
+    amp: Literal["auto", "off"] = _setting("off", "bfloat16 or float16 where the processor has it")
     channels_last: bool = _setting(True, "memory layout that most processors are faster with")
     compile: bool = _setting(False, "torch.compile for backbone, pyramid and head")
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_list = field.type.startswith("tuple")
-            if is_list != isinstance(value, tuple) or (value is None and "None" not in field.type):
-                raise ValueError(f"{field.name} is {value!r}; expected {field.type}.")
-            for part in value if is_list else (value,):
-                if part is not None and _check(field, part) != part:
-                    raise ValueError(f"{field.name} is {value!r}; expected {field.type}.")
-        if self.average_decay is not None and self.average_decay >= 1:
-            raise ValueError(
-                f"average_decay is {self.average_decay}; expected a number below 1, such as 0.999."
-            )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for JSON and checkpoints."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(_Group):
+    """What is written and when: arguments of ``TrainingRun``.
+
+    They change no weight, so a run that goes on may get others.
+    """
+
+    checkpoint_every: int = _setting(500, "iterations between two checkpoints (500)", at_least=0)
+    keep_every: int = _setting(
+        0, "keep the checkpoint of every N-th iteration (of none)", at_least=0
+    )
+    eval_every: int = _setting(1500, "iterations between two evaluations on val (1500)", at_least=0)
+    tensorboard: bool = _setting(False, "write the curves for TensorBoard, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a training run on given data ends in, up to rounding.
+
+    The defaults are the assignment's. Where a type allows None, None is "without". No two settings
+    have the same name, in whatever group they are.
+    """
+
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    optimization: OptimizationSettings = dataclasses.field(default_factory=OptimizationSettings)
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
+
+    def values(self) -> dict[str, Any]:
+        """Return the value of every setting by its name."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: value
+            for _, group in self._groups()
+            for name, value in dataclasses.asdict(group).items()
+        }
+
+    def replace(self, **changed: Any) -> Settings:
+        """Return settings in which those that are given by name have another value.
+
+        Raises:
+            ValueError: a name that is no setting, or a value out of range.
+        """
+        if unknown := sorted(changed.keys() - self.values().keys()):
+            raise ValueError(f"unknown settings {', '.join(unknown)}.")
+        return Settings(
+            **{
+                name: dataclasses.replace(
+                    group, **{key: value for key, value in changed.items() if hasattr(group, key)}
+                )
+                for name, group in self._groups()
+            }
+        )
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the groups as plain numbers, strings and lists, for JSON and checkpoints."""
+        return {
+            name: {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(group).items()
+            }
+            for name, group in self._groups()
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of ``to_dict``; what is missing has its default.
+        """Read what ``to_dict`` returned.
 
         Raises:
-            ValueError: a name that is no setting.
+            ValueError: a group or setting that is missing, that does not exist, or whose value is
+                out of range.
         """
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"unknown settings {', '.join(sorted(unknown))}; the file comes from another "
-                "version of this project."
+        default = cls()
+        groups = {}
+        _check_names("groups of settings", values, [name for name, _ in default._groups()])
+        for name, group in default._groups():
+            _check_names(f"settings in {name!r}", values[name], dataclasses.asdict(group))
+            groups[name] = type(group)(
+                **{
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in values[name].items()
+                }
             )
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        return cls(**groups)
 
     def __str__(self) -> str:
-        """One setting a line; a star marks those that differ from the assignment's."""
-        lines = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            star = " " if value == field.default else "*"
+        """List the settings that decide the result; a star marks what is not the assignment's."""
+        default, lines = Settings().values(), []
+        for name, value in self.values().items():
+            if hasattr(self.run, name):
+                continue
+            star = " " if value == default[name] else "*"
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            lines.append(f"{star} {field.name:20} {text}".rstrip())
+            lines.append(f"{star} {name:20} {text}".rstrip())
         return "\n".join(lines)
 
+    def _groups(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name of each group and the group."""
+        for field in dataclasses.fields(self):
+            yield field.name, getattr(self, field.name)
 
-def parse_setting(name: str, text: str) -> Any:
-    """The value of a setting from what was typed: ``none`` is None, or nothing in a list.
 
-    Raises:
-        ValueError: no such value; the message says what was expected.
+def _check_names(what: str, given: Any, expected: Iterable[str]) -> None:
+    """Check that the keys of a dict from a file are the expected ones."""
+    found, wanted = set(given) if isinstance(given, Mapping) else set(), set(expected)
+    for fault, names in {"unknown": found - wanted, "missing": wanted - found}.items():
+        if names:
+            raise ValueError(
+                f"{fault} {what}: {', '.join(sorted(map(str, names)))}; the file comes from "
+                "another version of this project."
+            )
+
+
+# --------------------------------------------------------------------------------------------
+# What a setting takes
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as its field describes it.
+
+    Attributes:
+        name: of the field.
+        option: of the command line, without dashes in front.
+        help: one line on what it is.
+        default: the assignment's value.
+        kind: type of the value, or of each in a list: bool, int, float or str.
+        choices: the values to choose from; empty where there are no fixed ones.
+        is_list: whether the value is a tuple.
+        allows_none: whether None is a value.
+        at_least, above, below: bounds of a number, or of each in a list.
     """
-    field = next(field for field in dataclasses.fields(Settings) if field.name == name)
-    if "None" in field.type and text == "none":
-        return None
-    if field.type.startswith("tuple"):
+
+    name: str
+    option: str
+    help: str
+    default: Any
+    kind: type
+    choices: tuple[str, ...]
+    is_list: bool
+    allows_none: bool
+    at_least: float | None
+    above: float | None
+    below: float | None
+
+    def parse(self, text: str) -> Any:
+        """Return the value for what was typed: ``none`` is None, or nothing in a list.
+
+        Raises:
+            ValueError: no such value; the message says what was expected.
+        """
+        if text == "none" and self.allows_none:
+            return None
+        if not self.is_list:
+            return self._parse_one(text)
         parts = [] if text in ("", "none") else text.split(",")
-        return tuple(_check(field, part) for part in parts)
-    return _check(field, text)
+        return tuple(self._parse_one(part) for part in parts)
+
+    def check(self, value: Any) -> None:
+        """See that a value is one that the setting takes.
+
+        Raises:
+            ValueError: it is not; the message says what was expected.
+        """
+        if value is None and self.allows_none:
+            return
+        if self.is_list and not isinstance(value, tuple):
+            raise ValueError(f"{self.name} is {value!r}; expected a tuple.")
+        for part in value if self.is_list else (value,):
+            if not self._accepts(part):
+                raise ValueError(f"{self.name} is {value!r}; expected {self._expected()}.")
+
+    def _parse_one(self, text: str) -> Any:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if not self._accepts(value):
+            raise ValueError(f"{self.name} is {text!r}; expected {self._expected()}.")
+        return value
+
+    def _accepts(self, value: Any) -> bool:
+        """Whether this is a value, or one in a list."""
+        allowed = (int, float) if self.kind is float else (self.kind,)
+        # True is an int for Python, but no number of images.
+        if type(value) not in allowed or (self.choices and value not in self.choices):
+            return False
+        return self.kind not in (int, float) or (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def _expected(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "a word"}
+        bounds = {"of at least": self.at_least, "above": self.above, "below": self.below}
+        parts = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        return f"{words[self.kind]} {' and '.join(parts)}".rstrip()
 
 
-def _check(field: dataclasses.Field, value: Any) -> Any:
-    """One value of a setting, or one element of a list, converted from text where needed."""
-    kind = next((k for n, k in (("int", int), ("float", float)) if n in field.type), str)
-    choices, at_least, above = (field.metadata[k] for k in ("choices", "at_least", "above"))
-    expected = {int: "a whole number", float: "a number", str: "a word"}[kind]
-    if choices:
-        expected = f"one of {', '.join(choices)}"
-    elif at_least is not None:
-        expected += f" of at least {at_least}"
-    elif above is not None:
-        expected += f" above {above}"
-    try:
-        number = value if field.type == "bool" else kind(value)
-        good = choices is None or number in choices
-        good &= field.type != "bool" or isinstance(value, bool)
-        good &= at_least is None or at_least <= number < math.inf
-        good &= above is None or above < number < math.inf
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(f"{field.name} is {value!r}; expected {expected}.")
-    return number
+def _settings_of(group: type[_Group]) -> tuple[Setting, ...]:
+    """Read the fields of a group of settings."""
+    hints = typing.get_type_hints(group)
+    settings = []
+    for field in dataclasses.fields(group):
+        kind: Any = hints[field.name]
+        allows_none = type(None) in typing.get_args(kind)  # X | None
+        if allows_none:
+            kind = typing.get_args(kind)[0]
+        is_list = typing.get_origin(kind) is tuple  # tuple[X, ...]
+        if is_list:
+            kind = typing.get_args(kind)[0]
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        metadata = dict(field.metadata)
+        option = metadata.pop("option") or field.name.replace("_", "-")
+        settings.append(
+            Setting(
+                name=field.name,
+                option=option,
+                default=field.default,
+                kind=str if choices else kind,
+                choices=choices,
+                is_list=is_list,
+                allows_none=allows_none,
+                **metadata,
+            )
+        )
+    return tuple(settings)
 
+
+# Name of a group -> name of a setting -> what it takes.
+SETTINGS: dict[str, dict[str, Setting]] = {
+    name: {setting.name: setting for setting in _settings_of(type(group))}
+    for name, group in Settings()._groups()
+}
+
+
+# --------------------------------------------------------------------------------------------
+# Recipes
+# --------------------------------------------------------------------------------------------
 
 RECIPES: dict[str, Settings] = {
     # Exactly the assignment's model and schedule.
     "handout": Settings(),
     # RESULTS.md has what benchmarks/ablation.py says of each ingredient.
     "strong": Settings(
-        optimizer="adamw",
-        lr=5e-4,
-        weight_decay=0.05,
-        schedule="cosine",
-        warmup_iters=100,
-        box_loss="giou",
-        augment=("flip", "zoom"),
-        amp="auto",
+        model=ModelSettings(box_loss="giou"),
+        data=DataSettings(augment=("flip", "zoom")),
+        optimization=OptimizationSettings(
+            optimizer="adamw",
+            learning_rate=5e-4,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_iters=100,
+            amp="auto",
+        ),
     ),
     # For the generated set, where a small model learns from random weights in minutes. No square of
     # 128 px can hold an object of p5 (over 8 * 16 px from a location to a side); one of 160 px can.
     "shapes": Settings(
-        iters=900,
-        image_size=128,
-        image_sizes=(96, 128, 160),
-        weights="none",
-        fpn_channels=64,
-        stem=(64, 64),
-        optimizer="adamw",
-        lr=2e-3,
-        schedule="cosine",
-        warmup_iters=100,
-        max_grad_norm=5.0,
-        amp="auto",
+        model=ModelSettings(weights="none", fpn_channels=64, stem_channels=(64, 64)),
+        data=DataSettings(image_size=128, image_sizes=(96, 128, 160)),
+        optimization=OptimizationSettings(
+            max_iters=900,
+            optimizer="adamw",
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_iters=100,
+            max_grad_norm=5.0,
+            amp="auto",
+        ),
     ),
 }
 
 
 def from_recipe(name: str, **changed: Any) -> Settings:
-    """A recipe with other values for some settings.
+    """Return a recipe with other values for some settings.
 
-    Another ``image_size`` takes the recipe's ``image_sizes`` along, in steps of 32 px, the coarsest
-    stride: a detector is not good at sizes it was not trained on.
+    Another ``image_size`` changes the recipe's ``image_sizes`` with it, in steps of 32 px, the
+    coarsest stride: a detector is not good at sizes it was not trained on.
 
     Raises:
         ValueError: a value out of range.
     """
     recipe = RECIPES[name]
-    settings = dataclasses.replace(recipe, **changed)
-    if "image_sizes" in changed or settings.image_size == recipe.image_size:
+    settings = recipe.replace(**changed)
+    side, usual = settings.data.image_size, recipe.data.image_size
+    if "image_sizes" in changed or side == usual:
         return settings
-    side, factor = settings.image_size, settings.image_size / recipe.image_size
-    steps = (round((size - recipe.image_size) * factor / 32) for size in recipe.image_sizes)
-    sizes = dict.fromkeys(side + 32 * step for step in steps)
-    return dataclasses.replace(settings, image_sizes=tuple(sizes))
+    steps = (round((size - usual) * (side / usual) / 32) for size in recipe.data.image_sizes)
+    return settings.replace(image_sizes=tuple(dict.fromkeys(side + 32 * step for step in steps)))

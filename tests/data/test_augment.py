@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from a4_helper import AugmentedTrainingSet, VOC2007DetectionTiny
-from eecs598.data.augment import Augmentation
+from eecs598.data.augment import AUGMENTATIONS, Augmentation
 from eecs598.data.sampling import Sample
-from eecs598.training.settings import AUGMENTATIONS
 
 GEOMETRY = [("flip",), ("zoom",), ("iou_crop",), ("mosaic",), ("flip", "zoom", "iou_crop"), ()]
 

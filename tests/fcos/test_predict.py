@@ -14,17 +14,21 @@ from a4_helper import VOC2007DetectionTiny, iterate_detections
 from eecs598.data.images import LoadedImage
 from eecs598.deploy.prediction import class_color, detect, draw_detections, picture_names
 from eecs598.training.checkpoint import save_checkpoint
-from eecs598.training.settings import Settings
+from eecs598.training.settings import DataSettings, ModelSettings, Settings
 from fcos import cli
+from fcos.models import build_detector, load_detector
 
 CLASSES = ["cube", "dice"]
-SETTINGS = Settings(weights="none", fpn_channels=8, stem=(8,), image_size=48)
+SETTINGS = Settings(
+    model=ModelSettings(weights="none", fpn_channels=8, stem_channels=(8,)),
+    data=DataSettings(image_size=48),
+)
 
 
 def untrained(num_classes: int):
     """A detector without training that finds many things, with boxes of all shapes."""
     torch.manual_seed(0)
-    detector = cli._build_detector(SETTINGS, num_classes, "none")
+    detector = build_detector(SETTINGS.model, num_classes)
     with torch.no_grad():
         for parameter in detector.pred_net.parameters():
             if parameter.dim() == 4:
@@ -53,12 +57,11 @@ def test_same_detections_as_evaluation(checkpoint, small_voc, tmp_path):
     arguments = [*paths, "--score-thresh", "0.3", "--batch-size", "3"]
     status, result = predict(checkpoint, *arguments, out=tmp_path / "out")
     assert status == 0 and result["skipped"] == []
-    assert result["score_thresh"] == 0.3 and result["image_size"] == SETTINGS.image_size
+    assert result["score_thresh"] == 0.3 and result["image_size"] == SETTINGS.data.image_size
     assert result["classes"] == CLASSES
     compared = 0
-    evaluate = ["eval", str(checkpoint), "--data", "."]
     evaluated = iterate_detections(
-        cli._load_detector(cli._parser(evaluate).parse_args(evaluate))[0],
+        load_detector(checkpoint, backbone="not needed").detector,
         torch.utils.data.DataLoader(dataset),
         0.3,
         0.6,
@@ -268,7 +271,7 @@ def test_drawing_at_any_size(size):
     assert np.asarray(image).max() == 90  # the image itself stays as it is
 
 
-def test_colours_differ():
+def test_colors_differ():
     colors = np.array([class_color(label) for label in range(20)], float)
     distances = np.abs(colors[:, None] - colors[None]).sum(-1)[np.triu_indices(20, 1)]
     assert distances.min() > 40

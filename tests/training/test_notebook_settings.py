@@ -145,11 +145,13 @@ def test_training_runs(decide, request, kind, schedule, cuda):
     assert {name: getattr(settings, name) for name in expected} == expected
     if kind == "generated" and not full:
         # A ninth of the run, as in the recipe.
-        assert settings.solver_kwargs(600) == ADAMW | {"warmup_iters": 67}
-        assert settings.solver_kwargs(60) == ADAMW | {"warmup_iters": 7}
+        assert ADAMW.items() | {("warmup_iters", 67)} <= settings.solver_kwargs(600).items()
+        assert ADAMW.items() | {("warmup_iters", 7)} <= settings.solver_kwargs(60).items()
         assert settings.recipe == RECIPES["shapes"]
     else:
-        assert settings.solver_kwargs(9000) == settings.solver_kwargs(60) == SGD
+        assert settings.solver_kwargs(9000) == settings.solver_kwargs(60)
+        assert SGD.items() <= settings.solver_kwargs(60).items()
+        assert not {"learning_rate", "max_iters"} & settings.solver_kwargs(60).keys()
         assert settings.recipe == RECIPES["handout"]
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from eecs598.training.optimization import make_optimizer, weight_average
+from eecs598.training.optimization import ema, learning_rate_factor, make_optimizer
 
 
-def test_pretrained_layers_learn_more_slowly():
+def test_the_backbone_learns_more_slowly():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    model.pretrained_parameters = lambda: list(model[0].parameters())
+    model.backbone_parameters = lambda: list(model[0].parameters())
     model[1].bias.requires_grad_(False)
-    optimizer = make_optimizer(model, "sgd", 0.5, 0.0, pretrained_lr_factor=0.1)
+    optimizer = make_optimizer(model, "sgd", 0.5, 0.0, backbone_lr_factor=0.1)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates == {
         id(model[0].weight): pytest.approx(0.05),
@@ -23,9 +23,26 @@ def test_pretrained_layers_learn_more_slowly():
     assert optimizer.param_groups[0]["lr"] == 0.5  # the one that is logged
 
 
+def test_a_model_that_does_not_tell_its_backbone():
+    with pytest.raises(ValueError, match=r"backbone_lr_factor=0\.1 .*Linear has none"):
+        make_optimizer(nn.Linear(1, 1), "sgd", 0.5, 0.0, backbone_lr_factor=0.1)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("step", [0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.1, 0.01]),
+        ("cosine", [0.25, 0.4878, 0.6784, 0.7939, 0.6545, 0.5, 0.3455, 0.2061, 0.0955, 0.0245]),
+    ],
+)
+def test_schedules_with_warm_up(schedule, expected):
+    factor = learning_rate_factor(schedule, 3, 10)
+    assert [factor(step) for step in range(10)] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_moving_average_forgets_its_start():
     model = nn.BatchNorm1d(1)
-    average = weight_average(model, 0.9)
+    average = ema(model, 0.9)
     expected = None
     for step in range(40):
         with torch.no_grad():

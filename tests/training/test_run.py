@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -28,7 +29,8 @@ from eecs598.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from eecs598.training.run import TrainingRun, TrainingStopped
+from eecs598.training.run import RunDescription, TrainingRun, TrainingStopped
+from eecs598.training.settings import Settings
 from fcos import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +97,7 @@ RECIPES = {
             "schedule": "cosine",
             "warmup_iters": 5,
             "max_grad_norm": 1.0,
-            "average_decay": 0.9,
+            "ema_decay": 0.9,
         },
         {"sides": (32, 48)},
     ),
@@ -168,7 +170,7 @@ def test_evaluations_and_the_files_that_are_kept(tmp_path, small_voc):
 
     def evaluate(model):
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-        return {"mAP": next(scores)}
+        return next(scores)
 
     _, _, run = train_toy(
         tmp_path / "run", small_voc, evaluate=evaluate, eval_every=5, keep_every=8
@@ -217,7 +219,7 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_up_for(
         if calls == stopped_at and within:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-        return {"mAP": 0.01 * calls}
+        return 0.01 * calls
 
     monkeypatch.setattr(Toy, "forward", sends)
     options = {"evaluate": evaluate, "eval_every": 10, "checkpoint_every": 0}
@@ -242,7 +244,7 @@ def test_the_moving_average_is_what_is_evaluated_and_returned(tmp_path, small_vo
 
     def evaluate(model):
         evaluated.append(model.layers[0].weight.clone())
-        return {"mAP": 0.0}
+        return 0.0
 
     toy, _, _ = train_toy(tmp_path / "run", small_voc, "all", evaluate=evaluate, eval_every=20)
     checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
@@ -298,6 +300,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, small_voc, monkeypa
     assert load_checkpoint(tmp_path / "run/checkpoint.pt")["iteration"] == 5
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_training_in_good_order(tmp_path, small_voc, monkeypatch, number):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -345,7 +348,7 @@ def test_tensorboard(tmp_path, small_voc):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = {"evaluate": lambda _model: {"mAP": 0.5}, "eval_every": 10, "tensorboard": True}
+    options = {"evaluate": lambda _model: 0.5, "eval_every": 10, "tensorboard": True}
     train_toy(tmp_path / "run", small_voc, max_iters=10, **options)
     _, history, _ = train_toy(tmp_path / "run", small_voc, resume=True, **options)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
@@ -381,6 +384,80 @@ def test_a_model_alone_is_no_training(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------
+# Description
+# --------------------------------------------------------------------------------------------
+
+
+def describe(folder: Path) -> RunDescription:
+    folder.mkdir(parents=True)
+    description = RunDescription(
+        out=folder,
+        recipe="handout",
+        settings=Settings().replace(max_iters=7, stem_channels=(8, 8)),
+        data="/data",
+        class_names=["cube", "dice"],
+        environment=[{"python": "3"}],
+        contents={"train": {"images": 3}},
+    )
+    description.write()
+    return description
+
+
+def test_a_description_comes_back_from_a_folder_that_moved(tmp_path):
+    description = describe(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert RunDescription.read(tmp_path / "new") == dataclasses.replace(
+        description, out=tmp_path / "new"
+    )
+
+
+def test_a_run_keeps_to_its_settings_but_for_those_of_the_run(tmp_path):
+    description = describe(tmp_path / "run")
+    description.change(None, {"stem_channels": (8, 8), "eval_every": 3})
+    assert description.settings == Settings().replace(
+        max_iters=7, stem_channels=(8, 8), eval_every=3
+    )
+    with pytest.raises(ValueError, match="max_iters 7, and now 8 was given"):
+        description.change(None, {"max_iters": 8})
+    with pytest.raises(ValueError, match="recipe handout, and now strong was given"):
+        description.change("strong", {})
+    with pytest.raises(ValueError, match="has changed"):
+        description.check_contents({"train": {"images": 4}})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda values: values.pop("data"), "run.json has no entry 'data'"),
+        (lambda values: values["settings"]["model"].pop("backbone"), "missing settings .*backbone"),
+        (lambda values: values["settings"]["run"].update(x=1), "unknown settings in 'run': x"),
+        (lambda values: values.update(settings=None), "missing groups of settings"),
+    ],
+)
+def test_a_description_that_can_not_be_read(tmp_path, change, words):
+    describe(tmp_path / "run")
+    file = tmp_path / "run/run.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=words):
+        RunDescription.read(tmp_path / "run")
+    with pytest.raises(ValueError, match="no folder that a training run could continue in"):
+        RunDescription.read(tmp_path)
+
+
+def test_the_latest_unfinished_run(tmp_path):
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        describe(tmp_path / name)
+        os.utime(tmp_path / name / "run.json", (1000 - age, 1000 - age))
+    for expected in ("newest", "middle", "oldest"):
+        assert RunDescription.latest_unfinished(tmp_path).out == tmp_path / expected
+        (tmp_path / expected / "metrics.json").touch()
+    with pytest.raises(ValueError, match="no unfinished training run"):
+        RunDescription.latest_unfinished(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------
 
@@ -396,7 +473,7 @@ def test_killed_at_random_moments(shapes, tmp_path):
     """kill -9 loses no more than a checkpoint period, and changes nothing in the result."""
     period, kills = 5, 10
     settings = [*SMALL, "--iters", "80", "--recipe", "strong", "--amp", "off"]
-    settings += ["--checkpoint-every", str(period), "--average-decay", "0.9", "--eval-every", "0"]
+    settings += ["--checkpoint-every", str(period), "--ema-decay", "0.9", "--eval-every", "0"]
     straight = ["train", "--data", str(shapes), "--out", str(tmp_path / "straight"), *settings]
     assert cli.main(straight) == 0
 
@@ -433,6 +510,7 @@ def test_killed_at_random_moments(shapes, tmp_path):
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_command(shapes, tmp_path, number, status):
     out = tmp_path / "run"

@@ -1,0 +1,104 @@
+"""``fcos data``: make, download or check a data set; and what training needs to know of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fcos.options import add_json_option, positive_int
+
+if TYPE_CHECKING:
+    from a4_helper import VOC2007DetectionTiny
+
+__all__ = ["add_options", "describe_contents", "generated_shapes"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command, which has commands of its own."""
+    kinds = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
+    check = kinds.add_parser("check", help="find what is wrong with a data set before training")
+    check.set_defaults(run=_check)
+    check.add_argument("folder", metavar="DIR", help="in VOC layout, or with COCO's JSON")
+    add_json_option(check, "write the report as JSON")
+    shapes = kinds.add_parser("shapes", help="draw the generated set")
+    shapes.set_defaults(run=_shapes)
+    shapes.add_argument("folder", metavar="DIR")
+    shapes.add_argument("--train", type=positive_int, default=800, metavar="N", help="(800)")
+    shapes.add_argument("--val", type=positive_int, default=200, metavar="N", help="(200)")
+    shapes.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    voc2007 = kinds.add_parser("voc2007", help="download PASCAL VOC 2007 train and val")
+    voc2007.set_defaults(run=_voc2007)
+    voc2007.add_argument("folder", metavar="DIR")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from eecs598.data import check_data, format_report
+    from eecs598.runtime import write_json
+
+    report = check_data(args.folder)
+    print(format_report(report))
+    if args.json is not None:
+        write_json(args.json, report.to_dict())
+    return 1 if report.has_errors else 0
+
+
+def _shapes(args: argparse.Namespace) -> None:
+    from eecs598.data import write_shapes
+
+    folder = write_shapes(args.folder, num_train=args.train, num_val=args.val, seed=args.seed)
+    print(f"{args.train} training and {args.val} validation images in {folder}")
+
+
+def _voc2007(args: argparse.Namespace) -> None:
+    from eecs598.data import download_voc2007
+
+    print(f"PASCAL VOC 2007 in {download_voc2007(args.folder)}")
+
+
+# --------------------------------------------------------------------------------------------
+# For training
+# --------------------------------------------------------------------------------------------
+
+
+def generated_shapes() -> Path:
+    """Return the generated set in the user's cache folder, drawn on first use."""
+    from eecs598.data import write_shapes
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "eecs598-fcos" / "shapes"
+    print(f"generated data set: {folder}")
+    return write_shapes(folder)
+
+
+def describe_contents(
+    data: str | Path, datasets: Iterable[VOC2007DetectionTiny]
+) -> dict[str, dict[str, Any]]:
+    """Count what there is to learn.
+
+    Args:
+        data: folder of the data, for the error message.
+        datasets: the splits.
+
+    Returns:
+        For each split the number of ``images``, and of the ``objects`` of each class.
+
+    Raises:
+        ValueError: a split without any object, or class names that can't be told apart in a file.
+    """
+    from eecs598.metrics import check_class_names
+
+    contents = {}
+    for dataset in datasets:
+        check_class_names(list(dataset.class_to_idx))
+        labels = [int(label) for _, boxes in dataset.instances for label in boxes[:, 4]]
+        if not labels:
+            raise ValueError(
+                f"{dataset.split} of {data} has no object that counts; `fcos data check {data}` "
+                "shows what is there."
+            )
+        objects = {name: labels.count(i) for name, i in dataset.class_to_idx.items()}
+        contents[dataset.split] = {"images": len(dataset), "objects": objects}
+    return contents

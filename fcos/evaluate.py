@@ -1,0 +1,246 @@
+"""``fcos eval``: evaluate a trained detector; and what other commands do with an evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fcos.options import (
+    EVAL_NMS_THRESH,
+    EVAL_SCORE_THRESH,
+    add_backbone_option,
+    add_detection_options,
+    add_json_option,
+    add_machine_options,
+    choose_device,
+    choose_workers,
+    make_empty_folder,
+    next_free_folder,
+)
+
+if TYPE_CHECKING:
+    from a4_helper import VOC2007DetectionTiny
+    from eecs598.metrics import Evaluation
+    from eecs598.report import Comparison
+    from one_stage_detector import FCOS
+
+__all__ = [
+    "add_options",
+    "evaluate",
+    "export_text",
+    "mean_average_precision",
+    "print_results",
+    "run",
+    "write_report",
+]
+
+
+# --------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.description = (
+        "Evaluate a trained detector. The folder of the evaluation gets report.html, "
+        "metrics.json and, as text files, the detections and the ground truth."
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    parser.add_argument(
+        "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
+    )
+    add_backbone_option(parser, "where CHECKPOINT is a plain state dict, which does not name it")
+    parser.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
+    add_detection_options(parser, EVAL_SCORE_THRESH)
+    parser.add_argument(
+        "--out", metavar="DIR", help="new folder for results (eval-SPLIT beside CHECKPOINT)"
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="DIR",
+        help="another evaluation of the same images: the folder with its text files",
+    )
+    parser.add_argument(
+        "--export", metavar="DIR", help="write the text files here instead of into --out"
+    )
+    add_json_option(parser, "write the metrics here, too")
+    add_machine_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate the detector of a checkpoint on a split, and compare it with another evaluation."""
+    from a4_helper import VOC2007DetectionTiny
+    from eecs598.metrics import image_names, read_text_format
+    from eecs598.report import check_comparable, compare
+    from eecs598.runtime import write_json
+    from fcos.models import load_detector
+
+    model = load_detector(
+        args.checkpoint, backbone=args.backbone, data=args.data, image_size=args.image_size
+    )
+    device, image_size = choose_device(args.device), model.settings.data.image_size
+    dataset = VOC2007DetectionTiny(
+        args.data, args.split, image_size=image_size, classes=model.class_names, crop=False
+    )
+    other = None
+    if args.compare is not None:
+        other = read_text_format(args.compare)
+        names = image_names([str(path) for path, _ in dataset.instances])
+        check_comparable(model.class_names, names, other, args.compare)
+    beside = Path(args.checkpoint).parent / f"eval-{args.split}"
+    out = make_empty_folder(Path(args.out) if args.out else next_free_folder(beside), "--out")
+    texts = out if args.export is None else make_empty_folder(Path(args.export), "--export")
+
+    evaluation = evaluate(
+        model.detector,
+        dataset,
+        choose_workers(args.workers),
+        device,
+        score_thresh=args.score_thresh,
+        nms_thresh=args.nms_thresh,
+        amp=args.amp,
+    )
+    export_text(evaluation, texts)
+    comparison = None if other is None else compare(evaluation, other, args.compare)
+    facts = {
+        "checkpoint": str(args.checkpoint),
+        "data": str(args.data),
+        "split": args.split,
+        "image_size": image_size,
+        "nms_thresh": args.nms_thresh,
+    }
+    metrics = write_report(evaluation, out, facts, comparison)
+    if args.json is not None:
+        write_json(args.json, metrics)
+    print_results(metrics, comparison)
+    print(f"\n{out / 'report.html'}")
+
+
+# --------------------------------------------------------------------------------------------
+# What other commands use, too
+# --------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    detector: FCOS,
+    dataset: VOC2007DetectionTiny,
+    workers: int,
+    device: str,
+    *,
+    score_thresh: float = EVAL_SCORE_THRESH,
+    nms_thresh: float = EVAL_NMS_THRESH,
+    amp: str = "off",
+) -> Evaluation:
+    """Run a detector over a data set, without changing it.
+
+    Args:
+        detector: in training or in evaluation mode.
+        dataset: images that are not augmented.
+        workers: number of processes that load images.
+        device: to run on.
+        score_thresh: detections score above it.
+        nms_thresh: IoU above which the lower of two detections of a class is dropped.
+        amp: see ``eecs598.training.mixed_precision``.
+    """
+    import torch
+
+    from a4_helper import evaluate_detector
+    from eecs598.training import mixed_precision
+    from one_stage_detector import fcos_level_ranges
+
+    autocast, _ = mixed_precision(torch.device(device), amp)
+    with autocast:
+        return evaluate_detector(
+            detector,
+            dataset,
+            score_thresh,
+            nms_thresh,
+            levels=fcos_level_ranges(detector.backbone.fpn_strides),
+            num_workers=workers,
+            device=device,
+        )
+
+
+def mean_average_precision(evaluation: Evaluation) -> float:
+    """Return the mAP at IoU 0.5, from 0 to 1."""
+    from eecs598.metrics import average_precision
+
+    metrics = average_precision(evaluation.predictions, evaluation.targets, evaluation.class_names)
+    return metrics["mAP"]
+
+
+def export_text(evaluation: Evaluation, folder: Path) -> None:
+    """Write detections and ground truth as the text files that ``fcos score`` reads."""
+    from eecs598.metrics import image_names, write_text_format
+
+    names = image_names(evaluation.image_paths)
+    results = zip(names, evaluation.predictions, evaluation.targets, strict=True)
+    for name, prediction, target in results:
+        write_text_format(folder, name, prediction, target, evaluation.class_names)
+
+
+def write_report(
+    evaluation: Evaluation,
+    out: Path,
+    facts: dict[str, Any],
+    comparison: Comparison | None = None,
+) -> dict[str, Any]:
+    """Write ``report.html`` and ``metrics.json``.
+
+    Args:
+        evaluation: what the report is about.
+        out: folder for the files.
+        facts: ``checkpoint``, ``data``, ``split``, ``image_size`` and ``nms_thresh``; they go into
+            both files.
+        comparison: with another evaluation of the same images.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    from eecs598 import report
+    from eecs598.runtime import describe_environment, write_json
+
+    analysis = report.analyse(evaluation)
+    environment = describe_environment()
+    metrics = {**analysis.metrics, **facts, "environment": environment}
+    if comparison is not None:
+        metrics["comparison"] = {"with": comparison.name, **comparison.difference.to_dict()}
+    write_json(out / "metrics.json", metrics)
+    report.write_report(
+        out / "report.html",
+        analysis,
+        title=f"{Path(facts['data']).resolve().name} {facts['split']}",
+        facts=[
+            facts["checkpoint"],
+            f"shorter side {facts['image_size']} px",
+            f"score threshold {evaluation.score_thresh:g}",
+            f"NMS threshold {facts['nms_thresh']:g}",
+        ],
+        footer=f"{time.strftime('%Y-%m-%d')}, commit {environment['commit']}, "
+        f"PyTorch {environment['packages']['torch']}",
+        comparison=comparison,
+    )
+    return metrics
+
+
+def print_results(metrics: dict[str, Any], comparison: Comparison | None = None) -> None:
+    """Print the table of classes, how certain the mAP is, how it compares and what looks wrong."""
+    from eecs598.metrics import format_table
+
+    print(format_table(metrics))
+    low, high = metrics["interval"]
+    print(f"95 % interval of the mAP {100 * low:.2f} to {100 * high:.2f}")
+    if comparison is not None:
+        result = comparison.difference
+        print(
+            f"{100 * result.difference:+.2f} against {comparison.name}, 95 % interval "
+            f"{100 * result.low:+.2f} to {100 * result.high:+.2f}: "
+            + ("more than chance explains" if result.exceeds else "may be chance")
+        )
+    for smell in metrics["smells"]:
+        print(f"warning: {smell}", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""Detectors built from settings, from a checkpoint or from a plain state dict."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import PretrainedWeightsWarning
+from eecs598.data import VOC2007_CLASSES, class_names
+from eecs598.training import ModelSettings, Settings, load_checkpoint
+from one_stage_detector import FCOS
+
+__all__ = ["TrainedDetector", "build_detector", "load_detector"]
+
+
+class TrainedDetector(NamedTuple):
+    """A detector with what is known of its training."""
+
+    detector: FCOS
+    settings: Settings
+    class_names: list[str]  # in the order of their ids
+
+
+def build_detector(settings: ModelSettings, num_classes: int, *, load_weights: bool = True) -> FCOS:
+    """Build FCOS; unlike in a notebook, a start without the wanted weights is an error.
+
+    Args:
+        settings: of the model.
+        num_classes: number of classes, C.
+        load_weights: start from the backbone's weights that the settings name; without, from
+            random ones, since those of a checkpoint are loaded afterwards.
+
+    Raises:
+        ValueError: a setting that ``FCOS`` does not take, or weights that can't be had.
+    """
+    kwargs = settings.kwargs()
+    if not load_weights:
+        kwargs["weights"] = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PretrainedWeightsWarning)
+        try:
+            return FCOS(num_classes, **kwargs)
+        except PretrainedWeightsWarning as warning:
+            raise ValueError(
+                f"{warning}\nGive the backbone's weights as --weights FILE, or start from random "
+                "ones on purpose with --weights none."
+            ) from None
+
+
+def load_detector(
+    path: str | os.PathLike,
+    *,
+    backbone: str,
+    data: str | None = None,
+    classes: str | None = None,
+    image_size: int | None = None,
+) -> TrainedDetector:
+    """Load the detector of a checkpoint, or of a plain state dict.
+
+    Args:
+        path: file that ``fcos train`` or ``torch.save(detector.state_dict(), path)`` wrote.
+        backbone: of a plain state dict, which does not name it.
+        data: folder of a data set that has the class names of a plain state dict.
+        classes: those names themselves, comma between them.
+        image_size: in place of the one in training.
+
+    Raises:
+        ValueError: a file that is neither, or that does not fit to what was given.
+    """
+    checkpoint = load_checkpoint(path)
+    state, names = checkpoint["model"], checkpoint["classes"]
+    if names is not None and classes is not None:
+        raise ValueError(
+            f"{path} knows its classes: {', '.join(names)}. Leave out --classes, which is for "
+            "plain state dicts."
+        )
+    if checkpoint["settings"] is None:
+        settings = _settings_from_shapes(state, path, backbone)
+        names = _class_names(state, path, data, classes)
+    else:
+        settings = Settings.from_dict(checkpoint["settings"])
+    if image_size is not None:
+        settings = settings.replace(image_size=image_size)
+    detector = build_detector(settings.model, len(names), load_weights=False)
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds the weights of another model than its settings say: {error}"
+        ) from error
+    detector.to(memory_format=torch.channels_last)  # as in training: most processors are faster
+    return TrainedDetector(detector, settings, names)
+
+
+def _settings_from_shapes(
+    state: dict[str, Any], path: str | os.PathLike, backbone: str
+) -> Settings:
+    """Find out the settings from the shapes in a plain state dict."""
+
+    def weights(prefix: str) -> list[Tensor]:
+        return [value for name, value in state.items() if name.startswith(prefix)]
+
+    stem = weights("pred_net.stem_cls.")
+    fpn = weights("backbone.fpn_params.")
+    if not fpn:
+        raise ValueError(f"{path} is a state dict, but not one of FCOS.")
+    convolutions = [value for value in stem if value.dim() == 4]
+    model = ModelSettings(
+        backbone=backbone,
+        fpn_channels=len(fpn[0]),
+        stem_channels=tuple(len(value) for value in convolutions),
+        # A convolution has a weight and a bias, and so has a group norm.
+        head_norm="group" if len(stem) > 2 * len(convolutions) else "none",
+        level_scales=bool(weights("pred_net.scales.")),
+    )
+    return Settings(model=model)
+
+
+def _class_names(
+    state: dict[str, Any], path: str | os.PathLike, data: str | None, classes: str | None
+) -> list[str]:
+    """Name the classes of a plain state dict: as given, as in the data, or VOC's where they fit."""
+    count = len(state["pred_net.pred_cls.bias"])
+    if classes is not None:
+        names = classes.split(",")
+    else:
+        names = class_names(data) if data is not None else []
+        if count == len(VOC2007_CLASSES) and set(names) <= set(VOC2007_CLASSES):
+            if data is None:
+                print(f"fcos: no class names in {path}; VOC assumed", file=sys.stderr)
+            return list(VOC2007_CLASSES)
+    if count != len(names):
+        raise ValueError(
+            f"{path} knows {count} classes; {len(names)} names were given: {names}. A "
+            "plain state dict has no class names; give those that it was trained on, by the data "
+            "or, for pictures, as --classes A,B,C."
+        )
+    return names

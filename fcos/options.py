@@ -1,0 +1,239 @@
+"""What commands share of their options: types, groups, and what the values mean."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from eecs598.training import Setting
+
+__all__ = [
+    "EVAL_NMS_THRESH",
+    "EVAL_SCORE_THRESH",
+    "add_backbone_option",
+    "add_detection_options",
+    "add_json_option",
+    "add_machine_options",
+    "add_settings",
+    "check_value",
+    "choose_device",
+    "choose_workers",
+    "given_settings",
+    "make_empty_folder",
+    "next_free_folder",
+    "positive_int",
+]
+
+# Average precision is the area under the whole curve, so evaluation keeps detections with low
+# scores, too. The assignment's own evaluation uses 0.4.
+EVAL_SCORE_THRESH = 0.05
+EVAL_NMS_THRESH = 0.6
+
+T = TypeVar("T")
+
+
+# --------------------------------------------------------------------------------------------
+# Types
+# --------------------------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    return check_value(int, text, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def _natural(text: str) -> int:
+    return check_value(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def _fraction(text: str) -> float:
+    return check_value(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _output_file(text: str) -> Path:
+    return check_value(Path, text, _is_writable, "a file in a folder that may be written to")
+
+
+def _is_writable(path: Path) -> bool:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return folder.is_dir() and os.access(folder, os.W_OK) and not path.is_dir()
+
+
+def check_value(
+    kind: Callable[[str], T], text: str, accepts: Callable[[T], bool], expected: str
+) -> T:
+    """Convert the text of an option.
+
+    Args:
+        kind: Converts the text, or raises ValueError.
+        text: What was typed.
+        accepts: Whether a value is in range.
+        expected: What the message says of the values in range.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is not what was expected.
+    """
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected {expected}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------
+# Groups of options
+# --------------------------------------------------------------------------------------------
+
+
+def add_detection_options(parser: argparse.ArgumentParser, score_thresh: float) -> None:
+    """Add the options that decide what a trained detector finds."""
+    from eecs598.training import SETTINGS
+
+    amp = SETTINGS["optimization"]["amp"]
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="N", help="another one than in training"
+    )
+    parser.add_argument(
+        "--score-thresh",
+        type=_fraction,
+        default=score_thresh,
+        metavar="X",
+        help=f"detections score above it ({score_thresh})",
+    )
+    parser.add_argument(
+        "--nms-thresh",
+        type=_fraction,
+        default=EVAL_NMS_THRESH,
+        metavar="X",
+        help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
+    )
+    parser.add_argument(
+        "--amp",
+        choices=amp.choices,
+        default=amp.default,
+        help="auto: compute in bfloat16 or float16 where that is faster; the last digits of "
+        "boxes and scores change (off)",
+    )
+
+
+def add_backbone_option(parser: argparse._ActionsContainer, text: str = "") -> None:
+    """Add ``--backbone NAME``; ``text`` says what it is for."""
+    from eecs598.training import SETTINGS
+
+    default = SETTINGS["model"]["backbone"].default
+    parser.add_argument(
+        "--backbone", default=default, metavar="NAME", help=f"{text} ({default})".lstrip()
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add ``--json FILE``; ``text`` says what is written there."""
+    parser.add_argument("--json", type=_output_file, metavar="FILE", help=text)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the machine is used, and that change no result."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--workers", type=_natural, metavar="N", help="processes that load data (up to 4)"
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting; only those that are given end up among the arguments."""
+    from eecs598.training import SETTINGS
+
+    metavars = {int: "N", float: "X", str: "S"}
+    for name, settings in SETTINGS.items():
+        group = parser.add_argument_group(f"{name} settings", "in place of those of the recipe")
+        for setting in settings.values():
+            flag, default = f"--{setting.option}", argparse.SUPPRESS
+            if setting.kind is bool:
+                group.add_argument(
+                    flag,
+                    dest=setting.name,
+                    action=argparse.BooleanOptionalAction,
+                    default=default,
+                    help=setting.help,
+                )
+                continue
+            group.add_argument(
+                flag,
+                dest=setting.name,
+                type=_parser_of(setting),
+                default=default,
+                metavar=("," if setting.is_list else "|").join(setting.choices)
+                or metavars[setting.kind],
+                help=setting.help,
+            )
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return those settings that were given as options."""
+    from eecs598.training import SETTINGS
+
+    names = (name for settings in SETTINGS.values() for name in settings)
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _parser_of(setting: Setting) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return setting.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+# --------------------------------------------------------------------------------------------
+# What the values mean
+# --------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    """Return the device, ``"cpu"`` or ``"cuda"``, for the value of ``--device``.
+
+    Raises:
+        ValueError: ``"cuda"`` where there is none.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("--device cuda was given, but PyTorch sees no CUDA GPU; use --device cpu.")
+    return "cuda" if available and name != "cpu" else "cpu"
+
+
+def choose_workers(given: int | None) -> int:
+    """Return the number of processes that load data, for the value of ``--workers``."""
+    return given if given is not None else min(4, os.cpu_count() or 1)
+
+
+def make_empty_folder(folder: Path, option: str) -> Path:
+    """Make a folder for results.
+
+    Args:
+        folder: What to make, with its parents.
+        option: With which the user chose it, for the error message.
+
+    Raises:
+        ValueError: There is something in it already, or it is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another one with {option}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def next_free_folder(folder: Path) -> Path:
+    """Return the folder, or the first of folder-2, folder-3, ... that does not exist yet."""
+    names = itertools.chain([folder], (Path(f"{folder}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())

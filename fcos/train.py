@@ -1,0 +1,239 @@
+"""``fcos train``: one training run, from its settings to the report of what it achieved."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fcos.data import describe_contents, generated_shapes
+from fcos.evaluate import evaluate, export_text, mean_average_precision, print_results, write_report
+from fcos.options import (
+    EVAL_NMS_THRESH,
+    add_machine_options,
+    add_settings,
+    choose_device,
+    choose_workers,
+    given_settings,
+    make_empty_folder,
+)
+from fcos.predict import draw_examples
+
+if TYPE_CHECKING:
+    from eecs598.metrics import Evaluation
+    from eecs598.training import RunDescription
+    from one_stage_detector import FCOS
+
+__all__ = ["add_options", "run"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command, one for each setting among them."""
+    from eecs598.training import RECIPES
+
+    parser.description = (
+        "Train a detector and evaluate it. Without --data, on the generated set. The "
+        "folder of the run gets run.json, checkpoint.pt, best.pt, history.jsonl and history.json, "
+        "loss.png, report.html, metrics.json, ap.png, detections.png and, as text files, "
+        "detections and ground truth."
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder in VOC layout, or with COCO's JSON; class names come from the data",
+    )
+    parser.add_argument("--out", metavar="DIR", help="new folder for results (runs/NAME)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the training run in --out, or with the latest one in runs/",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="settings to start from: the assignment's, better ones, those for the generated set "
+        "(handout with --data, otherwise shapes)",
+    )
+    parser.add_argument(
+        "--cache", action="store_true", help="keep the images in memory (up to 4 GB a split)"
+    )
+    add_machine_options(parser)
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train in this process, or in this one and those that torchrun started beside it."""
+    from eecs598.runtime import is_main_process, process_group
+    from eecs598.training import TrainingStopped
+
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(process_group(choose_device(args.device)))
+        if not is_main_process():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        try:
+            _train(args, device)
+        except TrainingStopped as stopped:
+            print(f"fcos: {stopped}", file=sys.stderr)
+            return 128 + stopped.signal_number
+    return 0
+
+
+def _train(args: argparse.Namespace, device: str) -> None:
+    """Settings, data, detector, training, report: everything that a run does, in this order."""
+    import torch
+
+    from a4_helper import AugmentedTrainingSet, VOC2007DetectionTiny, train_detector
+    from eecs598 import reset_seed
+    from eecs598.data import TrainingSampler
+    from eecs598.metrics import plot_average_precision
+    from eecs598.runtime import claimed, gather, is_main_process, num_processes, rank, write_json
+    from eecs598.training import TrainingRun, ignore_signals, plot_losses, precision_name
+    from fcos.models import build_detector
+
+    # Settings
+    description = _resumed_run(args) if args.resume else _new_run(args)
+    out, settings, names = description.out, description.settings, description.class_names
+    data, workers = settings.data, choose_workers(args.workers)
+    if data.batch_size % num_processes():
+        raise ValueError(
+            f"--batch-size {data.batch_size} can't be shared evenly by {num_processes()} "
+            "processes; choose a multiple."
+        )
+
+    # Data. Augmentations, and batches of other sizes, start from the originals.
+    varies = bool(data.augment or data.image_sizes)
+    train_set, val_set = (
+        VOC2007DetectionTiny(
+            description.data, split, image_size=data.image_size, classes=names, cache=cache
+        )
+        for split, cache in (("train", args.cache and not data.augment), ("val", args.cache))
+    )
+    description.check_contents(describe_contents(description.data, (train_set, val_set)))
+    print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {names}")
+    print(settings)
+
+    # Detector. A checkpoint holds the backbone's weights, too.
+    reset_seed(data.seed)
+    checkpoint = out / "checkpoint.pt"
+    resume = gather(args.resume and checkpoint.is_file())[0]
+    detector = build_detector(settings.model, len(names), load_weights=not resume)
+
+    # Training
+    evaluation: Evaluation | None = None  # the last one
+
+    def validate(model: FCOS) -> float:
+        nonlocal evaluation
+        evaluation = evaluate(model, val_set, workers, device)
+        return mean_average_precision(evaluation)
+
+    training_run = TrainingRun(
+        out,
+        settings.to_dict(),
+        names,
+        evaluate=validate,
+        plot=plot_losses,
+        resume=resume,
+        **settings.run.kwargs(),
+    )
+    sampler = TrainingSampler(
+        len(train_set),
+        data.batch_size // num_processes(),
+        settings.optimization.max_iters,
+        start=training_run.iteration,
+        seed=data.seed,
+        sides=data.image_sizes,
+        rank=rank(),
+        num_processes=num_processes(),
+    )
+    train_loader = torch.utils.data.DataLoader(
+        AugmentedTrainingSet(train_set, data.augment, cache=args.cache and varies),
+        batch_sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device != "cpu",
+        generator=torch.Generator(),  # or the loader would draw from the one of the training
+    )
+    description.environment[-1] |= {
+        "device": device,
+        "processes": num_processes(),
+        "precision": precision_name(device, settings.optimization.amp),
+    }
+    with claimed(out) if is_main_process() else contextlib.nullcontext():
+        if is_main_process():
+            description.write()
+        history = train_detector(
+            detector,
+            train_loader,
+            log_period=max(1, min(100, settings.optimization.max_iters // 10)),
+            device=device,
+            run=training_run,
+            **settings.optimization.kwargs(),
+        )
+
+    # Report. The last step was evaluated, unless there was none left to do.
+    if evaluation is None:
+        evaluation = evaluate(detector, val_set, workers, device)
+    if not is_main_process():
+        return
+    write_json(out / "history.json", history)
+    export_text(evaluation, out)
+    facts = {
+        "checkpoint": str(checkpoint),
+        "data": description.data,
+        "split": "val",
+        "image_size": data.image_size,
+        "nms_thresh": EVAL_NMS_THRESH,
+    }
+    metrics = write_report(evaluation, out, facts)
+    plot_average_precision(metrics, out / "ap.png")
+    print_results(metrics)
+    draw_examples(detector, val_set, out / "detections.png", device)
+    print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
+
+
+def _new_run(args: argparse.Namespace) -> RunDescription:
+    """Decide on settings, data and folder of a new run, and make the folder."""
+    from eecs598.data import class_names
+    from eecs598.runtime import describe_environment, gather, is_main_process
+    from eecs598.training import RunDescription, from_recipe
+
+    recipe = args.recipe or ("shapes" if args.data is None else "handout")
+    settings = from_recipe(recipe, **given_settings(args))
+    description = None
+    if is_main_process():
+        data = os.path.abspath(args.data if args.data is not None else generated_shapes())
+        names = class_names(data)
+        out = args.out or f"runs/{Path(data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        description = RunDescription(
+            out=make_empty_folder(Path(out), "--out"),
+            recipe=recipe,
+            settings=settings,
+            data=data,
+            class_names=names,
+            environment=[describe_environment()],
+        )
+    # The other processes wait until the data is drawn, and agree on the name.
+    return gather(description)[0]
+
+
+def _resumed_run(args: argparse.Namespace) -> RunDescription:
+    """Read what is known of a run that was stopped, and compare it with the options given now."""
+    from eecs598.runtime import describe_environment
+    from eecs598.training import RunDescription
+
+    if args.out is not None:
+        description = RunDescription.read(args.out)
+    else:
+        description = RunDescription.latest_unfinished("runs")
+    description.change(args.recipe, given_settings(args))
+    if args.data is not None:  # the same data may be in another folder now
+        description.data = os.path.abspath(args.data)
+    print(f"going on with {description.out}")
+    description.environment.append(describe_environment())
+    return description
