@@ -19,7 +19,8 @@ from eecs598.data.images import (
 from eecs598.data.index import class_names, load_index
 from eecs598.data.sampling import Sample, TrainingSampler
 from eecs598.data.shapes import write_shapes
-from eecs598.data.voc import VOC2007_CLASSES, download_voc2007
+from eecs598.data.voc import VOC2007_CLASSES
+from eecs598.data.voc_download import download_voc2007
 
 __all__ = [
     "Augmentation",

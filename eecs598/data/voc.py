@@ -1,4 +1,4 @@
-"""The PASCAL VOC devkit: download, verify, index.
+"""The PASCAL VOC devkit: find and index.
 
 Data set: Everingham et al., "The PASCAL Visual Object Classes Challenge 2007",
 http://host.robots.ox.ac.uk/pascal/VOC/voc2007/. An index is the course's own structure,
@@ -7,9 +7,8 @@ file, paths beginning with `./here/` and relative to the data folder. It is read
 `voc07_{split}.json` or rebuilt from the devkit's XML: on VOC 2007 both hold the same, the
 objects that are not marked difficult.
 
-    from eecs598.data.voc import download_voc2007, load_index
+    from eecs598.data.voc import load_index
 
-    download_voc2007("data")
     image_path, objects = load_index("data", "train")[0]
 
 Any folder in the devkit's layout is read in the same way.
@@ -17,25 +16,14 @@ Any folder in the devkit's layout is read in the same way.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
 import reprlib
-import shutil
-import socket
-import tarfile
-import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException
-from pathlib import Path, PurePosixPath, PureWindowsPath
-
-import wget
-from tqdm.auto import tqdm
+from collections.abc import Sequence
+from pathlib import Path
 
 VOC2007_CLASSES: tuple[str, ...] = (
     "aeroplane",
@@ -60,214 +48,10 @@ VOC2007_CLASSES: tuple[str, ...] = (
     "tvmonitor",
 )
 
-ARCHIVE_NAME = "VOCtrainval_06-Nov-2007.tar"
-ARCHIVE_MD5 = "c52e279531787c972589f7e41ab4ae64"
-ARCHIVE_SOURCES: tuple[str, ...] = (
-    "https://web.eecs.umich.edu/~justincj/data/VOCtrainval_06-Nov-2007.tar",
-    "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar",
-)
-RETRY_PAUSE = 2.0  # seconds between two tries of one source
-
-_REQUIRED_FOLDERS = ("Annotations", "ImageSets/Main", "JPEGImages")
+REQUIRED_FOLDERS = ("Annotations", "ImageSets/Main", "JPEGImages")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _INDEX_ROOT = "./here/"
 _BOX_FIELDS = ("xmin", "ymin", "xmax", "ymax")
-
-
-# ---------------------------------------------------------------------------------------
-# Download
-# ---------------------------------------------------------------------------------------
-
-
-def download_voc2007(
-    root: str | Path,
-    *,
-    sources: Sequence[str] = ARCHIVE_SOURCES,
-    md5: str = ARCHIVE_MD5,
-    timeout: float = 30.0,
-    retries: int = 3,
-) -> Path:
-    """Puts the VOC 2007 train and val devkit into `root` and returns its folder.
-
-    A devkit that is already there is returned at once, without any network access. An archive
-    named `ARCHIVE_NAME` in `root` with the right MD5 is used in place of a download and kept;
-    a downloaded archive is removed once it is extracted. Everything is prepared in a staging
-    folder inside `root` and renamed into place as the last step, so `VOCdevkit/VOC2007` is
-    either whole or absent, and a failure leaves nothing behind.
-
-    Args:
-        root: data folder, made if it does not exist.
-        sources: URLs of the archive, tried in this order.
-        md5: hexadecimal MD5 of the archive.
-        timeout: seconds without a byte from the server after which a try has failed. It is the
-            default of new sockets in the whole process while a transfer runs.
-        retries: tries for each source.
-
-    Returns:
-        `root/VOCdevkit/VOC2007`.
-
-    Raises:
-        ValueError: an argument is out of range, `root/VOCdevkit/VOC2007` exists and is
-            incomplete, or the archive is not a whole VOC 2007 devkit.
-        RuntimeError: no source gave the archive; the message has the reason for each.
-    """
-    if timeout <= 0 or retries < 1:
-        raise ValueError(
-            f"timeout is {timeout} and retries is {retries}; expected timeout > 0 seconds and "
-            "retries >= 1"
-        )
-    root = Path(root)
-    devkit = root / "VOCdevkit"
-    target = devkit / "VOC2007"
-    for folder in (root, devkit, target):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; expected a folder. Move it or choose another")
-    if target.exists():
-        _check_complete(target)
-        return target
-
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".voc2007-", dir=root) as staging_name:
-        staging = Path(staging_name)
-        archive = _find_or_download(root, staging, sources, md5, timeout, retries)
-        extract_archive(archive, staging / "extracted")
-        extracted = staging / "extracted" / "VOCdevkit" / "VOC2007"
-        missing = _missing_folders(extracted)
-        if missing:
-            raise ValueError(
-                f"{archive.name} has no {', '.join(missing)} in VOCdevkit/VOC2007; expected "
-                f"the VOC 2007 devkit with {', '.join(_REQUIRED_FOLDERS)}"
-            )
-        devkit.mkdir(exist_ok=True)
-        try:
-            os.rename(extracted, target)
-        except OSError:
-            # Another process may have published the same devkit in the meantime.
-            if _missing_folders(target):
-                raise
-    return target
-
-
-def verify_md5(path: str | Path, md5: str) -> None:
-    """Raises ValueError unless the file's MD5 is the hexadecimal `md5`."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != md5.lower():
-        raise ValueError(
-            f"{Path(path).name} has MD5 {digest.hexdigest()}, expected {md5}: it is truncated or "
-            "another file. Download it again"
-        )
-
-
-def extract_archive(archive: str | Path, destination: str | Path) -> None:
-    """Extracts an uncompressed tar archive of files and folders into `destination`.
-
-    Raises:
-        ValueError: the archive is truncated or no tar archive, or a member is a link or a
-            device, or has a path that leaves `destination`. Nothing is written outside
-            `destination`; members before the refused one may already be inside.
-    """
-    member = None
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                _check_member(member)
-                tar.extract(member, destination, filter="data")
-    except tarfile.TarError as error:
-        place = f"member {member.name!r}" if member else "its beginning"
-        raise ValueError(
-            f"cannot extract {archive}, at {place}: {error}. Expected a whole tar archive whose "
-            "files and folders all stay in the folder it is extracted to; download it again"
-        ) from error
-    if not _has_end_mark(archive):
-        last = f"after member {member.name!r}" if member else "at its beginning"
-        raise ValueError(
-            f"{archive} ends {last} without the end mark of a tar archive: it is truncated. "
-            "Download it again"
-        )
-
-
-def _check_member(member: tarfile.TarInfo) -> None:
-    """Refuses what the `data` filter would rename (absolute paths) or allow (links)."""
-    if PurePosixPath(member.name).is_absolute() or PureWindowsPath(member.name).is_absolute():
-        raise tarfile.TarError("it has an absolute path")
-    if not (member.isfile() or member.isdir()):
-        raise tarfile.TarError("it is a link or a device")
-
-
-def _has_end_mark(archive: str | Path) -> bool:
-    """Whether two zero blocks close the archive; `tarfile` takes any cut between members."""
-    with open(archive, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1024))
-        return not any(file.read())
-
-
-def _find_or_download(
-    root: Path, staging: Path, sources: Sequence[str], md5: str, timeout: float, retries: int
-) -> Path:
-    """The user's own archive in `root` when it is whole, otherwise a download in `staging`."""
-    failures = []
-    own = root / ARCHIVE_NAME
-    if own.is_file():
-        try:
-            verify_md5(own, md5)
-            return own
-        except ValueError as error:
-            failures.append(f"{own}: {error}")
-
-    archive = staging / ARCHIVE_NAME
-    for url in sources:
-        for attempt in range(retries):
-            if attempt:
-                time.sleep(RETRY_PAUSE)
-            try:
-                _transfer(url, archive, timeout)
-                verify_md5(archive, md5)
-                return archive
-            except (OSError, HTTPException, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                _empty_folder(staging)
-        failures.append(f"{url}: {reason} (tried {retries} times)")
-    raise RuntimeError(
-        "could not download the VOC 2007 archive:\n"
-        + "".join(f"  - {failure}\n" for failure in failures or ["no source was given"])
-        + f"By hand: download {ARCHIVE_NAME} (MD5 {md5}) with a browser, extract it, and put its "
-        f"VOCdevkit/ folder into {root}, or put the archive itself there and try again."
-    )
-
-
-def _transfer(url: str, target: Path, timeout: float) -> None:
-    """Downloads `url` to `target` with a progress bar; a stall raises TimeoutError."""
-    with tqdm(desc=target.name, unit="B", unit_scale=True, unit_divisor=1024) as progress:
-
-        def bar(current: int, total: int, width: int) -> None:
-            if total > 0:  # -1 when the server does not tell the length
-                progress.total = total
-                progress.update(current - progress.n)
-
-        with _socket_timeout(timeout):
-            # With a folder in `out`, wget's temporary file lies there too and not in the
-            # current directory.
-            wget.download(url, out=str(target), bar=bar)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """wget has no timeout of its own, but urllib beneath it uses the default of sockets."""
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(previous)
-
-
-def _empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
 
 
 # ---------------------------------------------------------------------------------------
@@ -290,16 +74,16 @@ def find_voc_folder(root: str | Path) -> Path:
     devkit = root / "VOCdevkit"
     preferred = devkit / "VOC2007"
     for folder in (root, root / "VOC2007", preferred):
-        if not _missing_folders(folder):
+        if not missing_folders(folder):
             return folder
     if preferred.exists():
-        _check_complete(preferred)
-    found = [folder for folder in sorted(devkit.glob("*")) if not _missing_folders(folder)]
+        check_complete(preferred)
+    found = [folder for folder in sorted(devkit.glob("*")) if not missing_folders(folder)]
     if len(found) != 1:
         names = ", ".join(folder.name for folder in found)
         raise ValueError(
             (f"several VOC folders in {devkit}: {names}. " if found else "")
-            + f"looked for one folder with {', '.join(_REQUIRED_FOLDERS)} as {root}, "
+            + f"looked for one folder with {', '.join(REQUIRED_FOLDERS)} as {root}, "
             f"{root / 'VOC2007'} or {devkit / '*'}; give the folder that has them or the one "
             "above VOCdevkit"
         )
@@ -402,12 +186,12 @@ def read_split(root: str | Path, split: str) -> list[str]:
     return ids
 
 
-def _missing_folders(folder: Path) -> list[str]:
-    return [part for part in _REQUIRED_FOLDERS if not (folder / part).is_dir()]
+def missing_folders(folder: Path) -> list[str]:
+    return [part for part in REQUIRED_FOLDERS if not (folder / part).is_dir()]
 
 
-def _check_complete(folder: Path) -> None:
-    missing = _missing_folders(folder)
+def check_complete(folder: Path) -> None:
+    missing = missing_folders(folder)
     if missing:
         raise ValueError(
             f"{folder} is incomplete: {', '.join(missing)} missing. Add what is missing, or move "
@@ -556,7 +340,7 @@ def _read_index(root: Path, split: str, *, include_difficult: bool) -> list:
         raise ValueError(
             f"no annotations of split {split!r}. Looked for {path}: not there. Looked for a VOC "
             f"devkit: {error}. Put the course's {path.name} and images into {root}, or get the "
-            f"devkit with eecs598.data.voc.download_voc2007({str(root)!r})"
+            f"devkit with eecs598.data.download_voc2007({str(root)!r})"
         ) from error
     return build_index(root, split, include_difficult=include_difficult)
 
