@@ -66,7 +66,7 @@ def _rows(folder: Path) -> Iterator[Row]:
     peer = "Pillow and torchvision.transforms"
     question = f"{len(dataset)} JPEG files to tensors of {SIDE} px"
     yield Row(question, peer, *side_by_side(ours, theirs), 1 / 3)
-    question = f"the same from memory, {in_memory.cache}"
+    question = f"the same from memory, {in_memory.images.cache}"
     yield Row(question, peer, *side_by_side(ours_in_memory, theirs), 1 / 15)
 
 

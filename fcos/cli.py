@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from a4_helper import VOC2007DetectionTiny
+    from eecs598.data import Instance
     from eecs598.metrics import Evaluation
     from eecs598.report import Comparison
     from eecs598.training import Settings
@@ -441,9 +442,9 @@ def _train(args: argparse.Namespace) -> int:
 def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     import torch
 
-    from a4_helper import AugmentedTrainingSet, plot_losses, train_detector
+    from a4_helper import plot_losses, train_detector
     from eecs598 import reset_seed
-    from eecs598.data import TrainingSampler
+    from eecs598.data import TrainingSampler, TrainingSet, load_instances
     from eecs598.metrics import average_precision, check_class_names
     from eecs598.runtime import claimed, gather, is_main_process, num_processes, rank, write_json
     from eecs598.training import Settings, TrainingRun, ignore_signals, precision_name
@@ -456,13 +457,18 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
             f"--batch-size {settings.batch_size} can't be shared evenly by {num_processes()} "
             "processes; choose a multiple."
         )
-    # Augmentations, and batches of other sizes, start from the originals.
-    varies = bool(settings.augment or settings.image_sizes)
-    train_set = _dataset(
-        data, "train", settings.image_size, classes, cache=args.cache and not settings.augment
+    train_set = TrainingSet(
+        load_instances(data, "train", classes),
+        settings.image_size,
+        settings.augment,
+        image_sizes=settings.image_sizes,
+        cache=args.cache,
     )
     val_set = _dataset(data, "val", settings.image_size, classes, cache=args.cache)
-    contents = {dataset.split: _contents(dataset) for dataset in (train_set, val_set)}
+    contents = {
+        "train": _contents(train_set.images.instances, classes),
+        "val": _contents(val_set.instances, classes),
+    }
     if description.setdefault("contents", contents) != contents:
         raise ValueError(
             f"{data} has changed since the training in {out} began: it had "
@@ -512,12 +518,12 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
         settings.iters,
         start=run.iteration,
         seed=settings.seed,
-        sides=settings.image_sizes,
+        image_sizes=settings.image_sizes,
         rank=rank(),
         num_processes=num_processes(),
     )
     train_loader = torch.utils.data.DataLoader(
-        AugmentedTrainingSet(train_set, settings.augment, cache=args.cache and varies),
+        train_set,
         batch_sampler=sampler,
         num_workers=_workers(args.workers),
         worker_init_fn=ignore_signals,
@@ -858,10 +864,9 @@ def _grade(args: argparse.Namespace) -> int:
 
 def _embedded_shapes() -> Path:
     """The generated set in the user's cache folder, drawn on first use."""
-    from eecs598.data import write_shapes
+    from eecs598.data import shapes_folder, write_shapes
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "eecs598-fcos" / "shapes"
+    folder = shapes_folder()
     print(f"generated data set: {folder}")
     return write_shapes(folder)
 
@@ -909,11 +914,11 @@ def _dataset(
     return VOC2007DetectionTiny(data, split, image_size=image_size, classes=classes, **options)
 
 
-def _contents(dataset: VOC2007DetectionTiny) -> dict[str, Any]:
+def _contents(instances: list[Instance], classes: list[str]) -> dict[str, Any]:
     """How many images a split has, and how many objects of each class."""
-    labels = [int(label) for _, boxes in dataset.instances for label in boxes[:, 4]]
-    objects = {name: labels.count(i) for name, i in dataset.class_to_idx.items()}
-    return {"images": len(dataset), "objects": objects}
+    labels = [int(label) for _, boxes in instances for label in boxes[:, 4]]
+    objects = {name: labels.count(i) for i, name in enumerate(classes)}
+    return {"images": len(instances), "objects": objects}
 
 
 def _load_detector(args: argparse.Namespace) -> tuple[FCOS, Settings, list[str]]:

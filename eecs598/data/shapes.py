@@ -517,6 +517,15 @@ def _holds(folder: Path, settings: dict) -> bool:
     return True
 
 
+def shapes_folder() -> Path:
+    """Return where the generated set of default size is kept: in the user's cache folder.
+
+    The folder need not exist yet; ``write_shapes(shapes_folder())`` draws the set on first use.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "eecs598-fcos" / "shapes"
+
+
 def write_shapes(
     folder: str | os.PathLike, *, num_train: int = 800, num_val: int = 200, seed: int = 0
 ) -> Path:

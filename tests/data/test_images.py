@@ -16,7 +16,7 @@ from a4_helper import VOC2007DetectionTiny
 from eecs598.data.images import (
     ImageFiles,
     find_images,
-    normalized,
+    normalize,
     read_image,
     resize_shorter_side,
     to_pixels,
@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 48, 32
 
 
 def quarters() -> Image.Image:
-    """A colour in each quarter, so that every turn and mirror image of it differs."""
+    """A color in each quarter, so that every turn and mirror image of it differs."""
     image = Image.new("RGB", (WIDTH, HEIGHT), (200, 40, 40))
     image.paste((40, 180, 60), (WIDTH // 2, 0, WIDTH, HEIGHT // 2))
     image.paste((50, 60, 220), (0, HEIGHT // 2, WIDTH // 2, HEIGHT))
@@ -65,7 +65,7 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
         ("RGBX", "x.tif", 0),
     ],
 )
-def test_colour_modes(tmp_path, mode, file, tolerance):
+def test_color_modes(tmp_path, mode, file, tolerance):
     image = quarters()
     if mode == "P":
         image = image.convert("P", palette=Image.Palette.ADAPTIVE)
@@ -123,7 +123,7 @@ def test_what_is_transparent_is_white(tmp_path, mode):
         image = Image.new(mode[:-1], (WIDTH, HEIGHT), "black")
         image.putalpha(mask)
         right = 127
-    else:  # one colour stands for nothing: a dark one, which would show
+    else:  # one color stands for nothing: a dark one, which would show
         nothing = {"P": 1, "L": 9, "RGB": (9, 9, 9)}[mode]
         image = Image.new(mode, mask.size, 0)
         image.paste(nothing, (WIDTH // 2, 0, WIDTH, HEIGHT))
@@ -220,10 +220,10 @@ def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):
         assert (item.width, item.height) == Image.open(path).size
 
 
-def test_resize_and_normalisation():
+def test_resize_and_normalization():
     pixels = resize_shorter_side(to_pixels(quarters()), 64)
     assert pixels.shape == (3, 64, 96) and pixels.dtype == torch.uint8
-    white = normalized(to_pixels(Image.new("RGB", (4, 3), "white")))
+    white = normalize(to_pixels(Image.new("RGB", (4, 3), "white")))
     assert white.shape == (3, 3, 4) and white.dtype == torch.float32
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(white[:, 1, 2], expected)

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from a4_helper import AugmentedTrainingSet, VOC2007DetectionTiny, train_detector
-from eecs598.data.sampling import TrainingSampler
+from a4_helper import VOC2007DetectionTiny, train_detector
+from eecs598.data import TrainingSampler, TrainingSet
 from eecs598.runtime.files import claimed
 from eecs598.training.checkpoint import (
     load_checkpoint,
@@ -97,7 +97,7 @@ RECIPES = {
             "max_grad_norm": 1.0,
             "average_decay": 0.9,
         },
-        {"sides": (32, 48)},
+        {"image_sizes": (32, 48)},
     ),
     "float16": ({"amp": "auto", "max_grad_norm": 1.0}, {}),  # as GPUs without bfloat16 train
 }
@@ -120,7 +120,7 @@ def train_toy(folder, small_voc, recipe="plain", *, resume=False, max_iters=20, 
     run_settings = {"checkpoint_every": 5, **run_settings}
     run = TrainingRun(folder, {"a": 1}, ["cube", "dice"], resume=resume, **run_settings)
     dataset = VOC2007DetectionTiny(small_voc, "train", image_size=32, classes=("cube", "dice"))
-    augmented = AugmentedTrainingSet(dataset, ("flip", "zoom") if sampling else ())
+    augmented = TrainingSet(dataset.instances, 32, ("flip", "zoom") if sampling else ())
     sampler = TrainingSampler(len(dataset), 3, max_iters, start=run.iteration, seed=4, **sampling)
     loader = DataLoader(augmented, batch_sampler=sampler, generator=torch.Generator())
     history = train_detector(
