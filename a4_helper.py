@@ -39,13 +39,13 @@ from eecs598.data import (
 )
 from eecs598.metrics import Evaluation, write_text_format
 from eecs598.runtime import (
+    atomic_write,
     broadcast_buffers,
     gather,
     is_main_process,
     mean_over_processes,
     num_processes,
     rank,
-    replacing,
 )
 from eecs598.training import (
     TrainingRun,
@@ -471,7 +471,7 @@ def plot_losses(
         twin.set(ylabel="mAP@0.5 in %", ylim=(0, 100))
     ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(lines))
     if path is not None:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, bbox_inches="tight")
     if show:
         plt.show()

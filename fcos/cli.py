@@ -446,7 +446,14 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from eecs598 import reset_seed
     from eecs598.data import TrainingSampler, TrainingSet, load_instances
     from eecs598.metrics import average_precision, check_class_names
-    from eecs598.runtime import claimed, gather, is_main_process, num_processes, rank, write_json
+    from eecs598.runtime import (
+        folder_lock,
+        gather,
+        is_main_process,
+        num_processes,
+        rank,
+        write_json,
+    )
     from eecs598.training import Settings, TrainingRun, ignore_signals, precision_name
 
     description = _resumed(args) if args.resume else _new_run(args)
@@ -530,7 +537,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
         pin_memory=device != "cpu",
         generator=torch.Generator(),  # or the loader would draw from the one of the training
     )
-    with claimed(out) if is_main_process() else contextlib.nullcontext():
+    with folder_lock(out) if is_main_process() else contextlib.nullcontext():
         if is_main_process():
             write_json(out / "run.json", description)
         history = train_detector(

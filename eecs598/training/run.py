@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from eecs598.runtime import any_process, is_main_process, remove_unfinished, replacing
+from eecs598.runtime import any_process, atomic_write, is_main_process, remove_unfinished
 from eecs598.training.checkpoint import (
     load_checkpoint,
     random_states,
@@ -133,7 +133,7 @@ class TrainingRun:
             remove_unfinished(self.folder)
             entries = [*_steps(history, 0), *self.evaluations]
             entries.sort(key=lambda entry: entry["iteration"])  # stable: evaluations come second
-            with replacing(self.folder / "history.jsonl") as unfinished:
+            with atomic_write(self.folder / "history.jsonl") as unfinished:
                 unfinished.write_text(_json_lines(entries), encoding="utf-8")
         self._written = len(history.get("iteration", ()))
         return history

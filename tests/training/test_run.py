@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from a4_helper import VOC2007DetectionTiny, train_detector
 from eecs598.data import TrainingSampler, TrainingSet
-from eecs598.runtime.files import claimed
+from eecs598.runtime.files import folder_lock
 from eecs598.training.checkpoint import (
     load_checkpoint,
     random_states,
@@ -450,14 +450,14 @@ def test_a_signal_to_the_command(shapes, tmp_path, number, status):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with claimed(tmp_path):
+    with folder_lock(tmp_path):
         (tmp_path / ".lock").write_text(f"{platform.node()} {os.getppid()}")  # it runs, surely
         message = f"process {os.getppid()} is working"
-        with pytest.raises(ValueError, match=message), claimed(tmp_path):
+        with pytest.raises(ValueError, match=message), folder_lock(tmp_path):
             pass
     assert not (tmp_path / ".lock").exists()
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     (tmp_path / ".lock").write_text(f"{platform.node()} {ended.pid}")
-    with claimed(tmp_path):
+    with folder_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
