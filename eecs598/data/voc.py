@@ -1,10 +1,10 @@
-"""The PASCAL VOC devkit: find and index.
+"""PASCAL VOC: read data in the devkit's layout into an index.
 
 Data set: Everingham et al., "The PASCAL Visual Object Classes Challenge 2007",
 http://host.robots.ox.ac.uk/pascal/VOC/voc2007/. An index is the course's own structure,
-`[[path, [{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]], ...]`, boxes in pixels of the image
-file, paths beginning with `./here/` and relative to the data folder. It is read from
-`voc07_{split}.json` or rebuilt from the devkit's XML: on VOC 2007 both hold the same, the
+``[[path, [{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]], ...]``, boxes in pixels of the image
+file, paths beginning with ``./here/`` and relative to the data folder. It is read from
+``voc07_{split}.json`` or rebuilt from the devkit's XML: on VOC 2007 both hold the same, the
 objects that are not marked difficult.
 
     from eecs598.data.voc import load_index
@@ -24,6 +24,7 @@ import reprlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 VOC2007_CLASSES: tuple[str, ...] = (
     "aeroplane",
@@ -59,14 +60,14 @@ _BOX_FIELDS = ("xmin", "ymin", "xmax", "ymax")
 # ---------------------------------------------------------------------------------------
 
 
-def find_voc_folder(root: str | Path) -> Path:
-    """The folder with `Annotations`, `ImageSets/Main` and `JPEGImages`.
+def find_voc_folder(root: str | os.PathLike[str]) -> Path:
+    """Find the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
 
-    It is `root` itself, `root/VOC2007`, `root/VOCdevkit/VOC2007`, or, where that does not
-    exist, the only such folder in `root/VOCdevkit`.
+    It is ``root`` itself, ``root/VOC2007``, ``root/VOCdevkit/VOC2007``, or, where that does not
+    exist, the only such folder in ``root/VOCdevkit``.
 
     Raises:
-        ValueError: there is none, several, or an incomplete `VOCdevkit/VOC2007`.
+        ValueError: there is none, several, or an incomplete ``VOCdevkit/VOC2007``.
     """
     root = Path(root)
     if not root.is_dir():
@@ -90,13 +91,13 @@ def find_voc_folder(root: str | Path) -> Path:
     return found[0]
 
 
-def read_annotation(path: str | Path) -> list[dict]:
-    """Reads the objects of one VOC XML file.
+def read_annotation(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the objects of one VOC XML file.
 
     Returns:
-        `{"name": str, "xyxy": [x1, y1, x2, y2], "difficult": bool}` for each object in the
-        file's order, boxes as floats in pixels. An object without `<difficult>` is not
-        difficult; the boxes of an object's `<part>` elements are left out.
+        ``{"name": str, "xyxy": [x1, y1, x2, y2], "difficult": bool}`` for each object in the
+        file's order, boxes as floats in pixels. An object without ``<difficult>`` is not
+        difficult; the boxes of an object's ``<part>`` elements are left out.
 
     Raises:
         ValueError: the file is missing or broken, a field is missing, a coordinate is not a
@@ -108,35 +109,36 @@ def read_annotation(path: str | Path) -> list[dict]:
     ]
 
 
-def read_image_size(path: str | Path) -> tuple[int, int] | None:
-    """Width and height of the image as one VOC XML file gives them.
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return width and height of the image as given in one VOC XML file.
 
-    None where it has no whole numbers above 0; some tools leave the field out or at 0.
+    None where they are not whole numbers above 0; some tools leave them out or write 0.
 
     Raises:
         ValueError: the file is missing or broken.
     """
-    size = _parse(path).find("size")
+    annotation = _parse(path)
     try:
-        width, height = int(size.findtext("width")), int(size.findtext("height"))
-    except (AttributeError, TypeError, ValueError):
+        width, height = (int(annotation.findtext(f"size/{x}", "")) for x in ("width", "height"))
+    except ValueError:
         return None
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _parse(path: str | Path) -> ElementTree.Element:
+def _parse(path: str | os.PathLike[str]) -> ElementTree.Element:
     try:
         annotation = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        # The last two stand for an encoding that Python does not know or expat does not read.
+        # The last two: an encoding that Python does not know or that the parser can't read.
         raise ValueError(f"{path} cannot be read as a VOC XML file: {error}") from error
     if annotation.tag != "annotation":
         raise ValueError(f"{path} begins with <{annotation.tag}>; expected <annotation>")
     return annotation
 
 
-def _read_object(element: ElementTree.Element, where: str) -> dict:
-    # find() sees direct children only, which keeps the boxes of <part> out.
+def _read_object(element: ElementTree.Element, where: str) -> dict[str, Any]:
+    """Read one object; ``where`` begins the message of an error."""
+    # find() returns direct children only, and so no box of a <part>.
     name = element.findtext("name", "").strip()
     box = element.find("bndbox")
     if not name or box is None:
@@ -148,8 +150,8 @@ def _read_object(element: ElementTree.Element, where: str) -> dict:
     return {"name": name, "xyxy": xyxy, "difficult": difficult == "1"}
 
 
-def _check_box(values: list, where: str) -> list[float]:
-    """Four finite floats with x1 <= x2 and y1 <= y2, or ValueError beginning with `where`."""
+def _check_box(values: Sequence[Any], where: str) -> list[float]:
+    """Return four finite floats with x1 <= x2 and y1 <= y2; ``where`` begins an error's message."""
     try:
         x1, y1, x2, y2 = (float(value) for value in values)
     except (TypeError, ValueError, OverflowError) as error:
@@ -165,10 +167,11 @@ def _check_box(values: list, where: str) -> list[float]:
     return xyxy
 
 
-def read_split(root: str | Path, split: str) -> list[str]:
-    """The image ids of `ImageSets/Main/{split}.txt` in the file's order.
+def read_split(root: str | os.PathLike[str], split: str) -> list[str]:
+    """Read the image ids of ``ImageSets/Main/{split}.txt``, in the file's order.
 
-    Blank lines and the column of 1, 0 or -1 in the devkit's files of one class are left out.
+    Blank lines are left out, and so is the column of 1, 0 or -1 that the devkit's files for one
+    class have.
 
     Raises:
         ValueError: no devkit, no such split, or no id in it.
@@ -176,7 +179,7 @@ def read_split(root: str | Path, split: str) -> list[str]:
     folder = find_voc_folder(root) / "ImageSets" / "Main"
     path = folder / f"{split}.txt"
     if not path.is_file():
-        # Names with "_" are the devkit's files of one class; the ones looked for come first.
+        # Names with "_" are the devkit's files for one class; whole splits come first.
         names = sorted((file.stem for file in folder.glob("*.txt")), key=lambda n: ("_" in n, n))
         raise ValueError(f"no split {split!r} in {folder}; splits there: {', '.join(names)}")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -187,10 +190,12 @@ def read_split(root: str | Path, split: str) -> list[str]:
 
 
 def missing_folders(folder: Path) -> list[str]:
+    """Return which of the devkit's folders do not exist in ``folder``."""
     return [part for part in REQUIRED_FOLDERS if not (folder / part).is_dir()]
 
 
 def check_complete(folder: Path) -> None:
+    """Raise ValueError unless ``folder`` has the devkit's folders."""
     missing = missing_folders(folder)
     if missing:
         raise ValueError(
@@ -204,20 +209,22 @@ def check_complete(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def build_index(root: str | Path, split: str, *, include_difficult: bool = False) -> list:
-    """Builds the course's index of one split from the devkit's XML.
+def build_index(
+    root: str | os.PathLike[str], split: str, *, include_difficult: bool = False
+) -> list[Any]:
+    """Build the course's index of one split from the devkit's XML.
 
     Args:
-        root: data folder, see `find_voc_folder`.
-        split: name of a file in `ImageSets/Main`, as in `read_split`.
+        root: data folder, see ``find_voc_folder``.
+        split: name of a file in ``ImageSets/Main``, as in ``read_split``.
         include_difficult: keep difficult objects and give each object the key "difficult".
 
     Returns:
-        `[[path, [{"name", "xyxy"}, ...]], ...]` in the split's order, ready for JSON. Where an
-        image file does not exist, its path is the one with `.jpg`.
+        ``[[path, [{"name", "xyxy"}, ...]], ...]`` in the split's order, ready for JSON. Where an
+        image file does not exist, its path is the one with ``.jpg``.
 
     Raises:
-        ValueError: as `read_split` and `read_annotation`.
+        ValueError: as ``read_split`` and ``read_annotation``.
     """
     index = []
     for annotation, image in list_files(root, split):
@@ -232,13 +239,14 @@ def build_index(root: str | Path, split: str, *, include_difficult: bool = False
     return index
 
 
-def list_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
-    """(XML file, image file) of each image of a split of the devkit, in the split's order.
+def list_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+    """List the XML file and the image file of each image of a split, in the split's order.
 
-    Neither is opened. Where an image file does not exist, its path is the one with `.jpg`.
+    The files are not opened. Where an image file does not exist, its path is the one with
+    ``.jpg``.
 
     Raises:
-        ValueError: as `read_split`.
+        ValueError: as ``read_split``.
     """
     folder = find_voc_folder(root)
     annotations, images = folder / "Annotations", folder / "JPEGImages"
@@ -250,7 +258,7 @@ def list_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def _image_names(folder: Path) -> dict[str, str]:
-    """Image file name of each id: `.jpg` if there is one, then `.jpeg`, then `.png`."""
+    """Map ids to image file names: ``.jpg`` where it exists, then ``.jpeg``, then ``.png``."""
     files = [Path(name) for name in os.listdir(folder)]
     files = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
     files.sort(key=lambda file: (_IMAGE_SUFFIXES.index(file.suffix.lower()), file.suffix != ".jpg"))
@@ -259,21 +267,25 @@ def _image_names(folder: Path) -> dict[str, str]:
 
 
 def load_index(
-    root: str | Path, split: str, *, require_images: bool = True
-) -> list[tuple[Path, list[dict]]]:
-    """Loads one split: `root/voc07_{split}.json`, or the devkit's XML where that is missing.
+    root: str | os.PathLike[str], split: str, *, require_images: bool = True
+) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Load one split: ``root/voc07_{split}.json``, or the devkit's XML where that is missing.
 
-    Paths in the JSON file use forward slashes; they are relative to `root`, with or without
-    `./here/`, or absolute. Both ways leave difficult objects out. `require_images=False` accepts
-    image files that are missing.
+    Paths in the JSON file use forward slashes; they are relative to ``root``, with or without
+    ``./here/``, or absolute. Difficult objects are left out in either case.
+
+    Args:
+        root: data folder.
+        split: ``"train"``, ``"val"`` or any other.
+        require_images: raise an error where image files are missing.
 
     Returns:
-        (absolute image path, `[{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]`) for each image,
-        boxes as floats in pixels.
+        For each image its absolute path and its objects, each
+        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file.
 
     Raises:
-        ValueError: neither source is there, the JSON file is broken or of another shape, a
-            box has x2 < x1 or y2 < y1, or image files are missing.
+        ValueError: neither source exists, the JSON file is broken or has another structure, a box
+            has x2 < x1 or y2 < y1, or image files are missing.
     """
     root = Path(os.path.abspath(root))
     index = [
@@ -289,13 +301,15 @@ def load_index(
     return index
 
 
-def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Sorted names of all objects in those of the `splits` that exist.
+def class_names(
+    root: str | os.PathLike[str], splits: Sequence[str] = ("train", "val")
+) -> list[str]:
+    """Return the sorted names of all objects in those of the ``splits`` that exist.
 
-    Where a split is read from XML, difficult objects count too.
+    Where a split is read from XML, difficult objects count, too.
 
     Raises:
-        ValueError: none of the splits exists, none has an object, or as `load_index`.
+        ValueError: none of the splits exists, none has an object, or as ``load_index``.
     """
     root = Path(os.path.abspath(root))
     present = [split for split in splits if has_split(root, split)]
@@ -314,13 +328,13 @@ def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> l
     return sorted(names)
 
 
-def index_path(root: str | Path, split: str) -> Path:
-    """Where the course's JSON index of a split lies, if there is one."""
+def index_path(root: str | os.PathLike[str], split: str) -> Path:
+    """Return the path of the course's JSON index of a split, which need not exist."""
     return Path(root) / f"voc07_{split}.json"
 
 
-def has_split(root: str | Path, split: str) -> bool:
-    """Whether `root` has a split, as the course's JSON index or in a devkit."""
+def has_split(root: str | os.PathLike[str], split: str) -> bool:
+    """Return whether ``root`` has a split, as the course's JSON index or in a devkit."""
     if index_path(root, split).is_file():
         return True
     try:
@@ -329,8 +343,8 @@ def has_split(root: str | Path, split: str) -> bool:
         return False
 
 
-def _read_index(root: Path, split: str, *, include_difficult: bool) -> list:
-    """The index of one split from JSON, otherwise from XML, otherwise ValueError."""
+def _read_index(root: Path, split: str, *, include_difficult: bool) -> list[Any]:
+    """Read the index of one split from JSON, or from XML where there is no JSON file."""
     path = index_path(root, split)
     if path.is_file():
         return _read_json(path)
@@ -345,7 +359,7 @@ def _read_index(root: Path, split: str, *, include_difficult: bool) -> list:
     return build_index(root, split, include_difficult=include_difficult)
 
 
-def _read_json(path: Path) -> list:
+def _read_json(path: Path) -> list[Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON or UTF-8
@@ -355,14 +369,15 @@ def _read_json(path: Path) -> list:
     return [_check_entry(entry, f"{path}, entry {n}") for n, entry in enumerate(index)]
 
 
-def _check_entry(entry: object, where: str) -> list:
+def _check_entry(entry: object, where: str) -> list[Any]:
+    """Return one entry of the JSON index with boxes of floats, or raise ValueError."""
     match entry:
         case [str(image_path), list(objects)]:
             return [image_path, [_check_object(item, where) for item in objects]]
     raise ValueError(f"{where} is {reprlib.repr(entry)}; expected [path, [objects]]")
 
 
-def _check_object(item: object, where: str) -> dict:
+def _check_object(item: object, where: str) -> dict[str, Any]:
     match item:
         case {"name": str(name), "xyxy": list(values)} if name and all(
             isinstance(value, (int, float)) for value in values

@@ -1,4 +1,4 @@
-"""The PASCAL VOC 2007 devkit: download, verify, extract."""
+"""Download of PASCAL VOC 2007: fetch the archive, verify its checksum, extract it safely."""
 
 from __future__ import annotations
 
@@ -29,36 +29,37 @@ RETRY_PAUSE = 2.0  # seconds between two tries of one source
 
 
 def download_voc2007(
-    root: str | Path,
+    root: str | os.PathLike[str],
     *,
     sources: Sequence[str] = ARCHIVE_SOURCES,
     md5: str = ARCHIVE_MD5,
     timeout: float = 30.0,
     retries: int = 3,
 ) -> Path:
-    """Puts the VOC 2007 train and val devkit into `root` and returns its folder.
+    """Download the devkit of VOC 2007 with its train and val splits into ``root``.
 
-    A devkit that is already there is returned at once, without any network access. An archive
-    named `ARCHIVE_NAME` in `root` with the right MD5 is used in place of a download and kept;
-    a downloaded archive is removed once it is extracted. Everything is prepared in a staging
-    folder inside `root` and renamed into place as the last step, so `VOCdevkit/VOC2007` is
-    either whole or absent, and a failure leaves nothing behind.
+    Where the devkit exists already, nothing is downloaded. An archive named ``ARCHIVE_NAME`` in
+    ``root`` with the right MD5 is used in place of a download and kept; a downloaded archive is
+    removed once it is extracted. Everything is prepared in a temporary folder inside ``root`` and
+    renamed as the last step, so ``VOCdevkit/VOC2007`` is either whole or absent, and a failure
+    leaves nothing behind.
 
     Args:
         root: data folder, made if it does not exist.
         sources: URLs of the archive, tried in this order.
         md5: hexadecimal MD5 of the archive.
-        timeout: seconds without a byte from the server after which a try has failed. It is the
-            default of new sockets in the whole process while a transfer runs.
+        timeout: seconds without data from the server after which a try has failed. While a
+            transfer runs, it is the default of all new sockets of the process.
         retries: tries for each source.
 
     Returns:
-        `root/VOCdevkit/VOC2007`.
+        ``root/VOCdevkit/VOC2007``.
 
     Raises:
-        ValueError: an argument is out of range, `root/VOCdevkit/VOC2007` exists and is
+        ValueError: an argument is out of range, ``root/VOCdevkit/VOC2007`` exists and is
             incomplete, or the archive is not a whole VOC 2007 devkit.
-        RuntimeError: no source gave the archive; the message has the reason for each.
+        RuntimeError: the archive could be downloaded from no source; the message has the reason
+            for each.
     """
     if timeout <= 0 or retries < 1:
         raise ValueError(
@@ -91,14 +92,14 @@ def download_voc2007(
         try:
             os.rename(extracted, target)
         except OSError:
-            # Another process may have published the same devkit in the meantime.
+            # Another process may have finished the same download in the meantime.
             if voc.missing_folders(target):
                 raise
     return target
 
 
-def verify_md5(path: str | Path, md5: str) -> None:
-    """Raises ValueError unless the file's MD5 is the hexadecimal `md5`."""
+def verify_md5(path: str | os.PathLike[str], md5: str) -> None:
+    """Raise ValueError unless the file's MD5 is the hexadecimal ``md5``."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -110,13 +111,13 @@ def verify_md5(path: str | Path, md5: str) -> None:
         )
 
 
-def extract_archive(archive: str | Path, destination: str | Path) -> None:
-    """Extracts an uncompressed tar archive of files and folders into `destination`.
+def extract_archive(archive: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    """Extract an uncompressed tar archive of files and folders into ``destination``.
 
     Raises:
         ValueError: the archive is truncated or no tar archive, or a member is a link or a
-            device, or has a path that leaves `destination`. Nothing is written outside
-            `destination`; members before the refused one may already be inside.
+            device, or has a path outside ``destination``. Nothing is written outside
+            ``destination``; members before the refused one may have been extracted.
     """
     member = None
     try:
@@ -139,15 +140,18 @@ def extract_archive(archive: str | Path, destination: str | Path) -> None:
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
-    """Refuses what the `data` filter would rename (absolute paths) or allow (links)."""
+    """Refuse what the ``data`` filter would rename (absolute paths) or allow (links)."""
     if PurePosixPath(member.name).is_absolute() or PureWindowsPath(member.name).is_absolute():
         raise tarfile.TarError("it has an absolute path")
     if not (member.isfile() or member.isdir()):
         raise tarfile.TarError("it is a link or a device")
 
 
-def _has_end_mark(archive: str | Path) -> bool:
-    """Whether two zero blocks close the archive; `tarfile` takes any cut between members."""
+def _has_end_mark(archive: str | os.PathLike[str]) -> bool:
+    """Return whether two blocks of zeros end the archive.
+
+    ``tarfile`` itself accepts an archive that was cut between two members.
+    """
     with open(archive, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1024))
@@ -157,7 +161,7 @@ def _has_end_mark(archive: str | Path) -> bool:
 def _find_or_download(
     root: Path, staging: Path, sources: Sequence[str], md5: str, timeout: float, retries: int
 ) -> Path:
-    """The user's own archive in `root` when it is whole, otherwise a download in `staging`."""
+    """Return the user's own archive in ``root`` if it is whole, or a download in ``staging``."""
     failures = []
     own = root / ARCHIVE_NAME
     if own.is_file():
@@ -189,23 +193,23 @@ def _find_or_download(
 
 
 def _transfer(url: str, target: Path, timeout: float) -> None:
-    """Downloads `url` to `target` with a progress bar; a stall raises TimeoutError."""
+    """Download ``url`` to ``target`` with a progress bar; a stall raises TimeoutError."""
     with tqdm(desc=target.name, unit="B", unit_scale=True, unit_divisor=1024) as progress:
 
         def bar(current: int, total: int, width: int) -> None:
-            if total > 0:  # -1 when the server does not tell the length
+            if total > 0:  # -1 where the server does not give the length
                 progress.total = total
                 progress.update(current - progress.n)
 
         with _socket_timeout(timeout):
-            # With a folder in `out`, wget's temporary file lies there too and not in the
+            # With a folder in ``out``, wget puts its temporary file there and not into the
             # current directory.
             wget.download(url, out=str(target), bar=bar)
 
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """wget has no timeout of its own, but urllib beneath it uses the default of sockets."""
+    """Set the default timeout of sockets, which ``wget`` uses: it has no timeout of its own."""
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -23,7 +23,7 @@ def augmented(
 
 
 def picture_with_squares() -> tuple[Tensor, Tensor]:
-    """A red, a green and a blue square on grey, which no augmentation takes for another."""
+    """A red, a green and a blue square on gray, which no augmentation takes for another."""
     image = torch.full((3, 90, 120), 90, dtype=torch.uint8)
     boxes = [(10, 10, 40, 40, 0), (60, 20, 100, 60, 1), (20, 50, 50, 80, 2)]
     for x1, y1, x2, y2, label in boxes:

@@ -19,6 +19,7 @@ from eecs598.data.images import (
     normalize,
     read_image,
     resize_shorter_side,
+    stored_size,
     to_pixels,
 )
 
@@ -39,7 +40,7 @@ def ramp() -> np.ndarray:
     return np.tile(np.linspace(0, 255, WIDTH).round().astype(np.uint8), (HEIGHT, 1))
 
 
-def grey(values: np.ndarray) -> Image.Image:
+def gray(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values).convert("RGB")
 
 
@@ -81,13 +82,13 @@ def test_color_modes(tmp_path, mode, file, tolerance):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "I;16", "I;16B", "I", "F unit", "F bytes", "PGM 16"])
-def test_grey_modes(tmp_path, mode):
-    path, values, expected = tmp_path / "x.tif", ramp(), grey(ramp())
+def test_gray_modes(tmp_path, mode):
+    path, values, expected = tmp_path / "x.tif", ramp(), gray(ramp())
     if mode in ("L", "1"):
         path = tmp_path / "x.png"
         image = Image.fromarray(values).convert(mode, dither=Image.Dither.NONE)
         if mode == "1":
-            expected = grey(np.where(values >= 128, 255, 0).astype(np.uint8))
+            expected = gray(np.where(values >= 128, 255, 0).astype(np.uint8))
     elif mode == "PGM 16":
         path = tmp_path / "x.pgm"
         header = f"P5 {WIDTH} {HEIGHT} 65535\n".encode()
@@ -108,7 +109,7 @@ def test_16_bit_png(tmp_path):
     Image.fromarray(257 * ramp().astype(np.uint16)).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.mode in ("I;16", "I")
-    assert mean_difference(read_image(tmp_path / "x.png"), grey(ramp())) <= 0.5
+    assert mean_difference(read_image(tmp_path / "x.png"), gray(ramp())) <= 0.5
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
@@ -217,7 +218,7 @@ def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):
     for (path, pixels, _), item in zip(dataset, ImageFiles(paths, 48), strict=True):
         assert str(item.path) == path and item.error is None
         assert torch.equal(item.pixels, pixels)
-        assert (item.width, item.height) == Image.open(path).size
+        assert (item.height, item.width) == stored_size(path)
 
 
 def test_resize_and_normalization():
