@@ -24,7 +24,7 @@ def rel_error(x: Tensor, y: Tensor, eps: float = 1e-10) -> float:
         ValueError: the shapes differ.
 
     Example:
-        >>> rel_error(torch.tensor([1.0, -4.0]), torch.tensor([2.0, -4.0]))
+        >>> rel_error(torch.tensor([1.0, -4.0]), torch.tensor([2.0, -4.0]), eps=0.0)
         0.125
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)

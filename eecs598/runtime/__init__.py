@@ -15,9 +15,10 @@ from eecs598.runtime.files import atomic_write, folder_lock, remove_unfinished, 
 
 __all__ = [
     "any_process",
+    "atomic_write",
     "broadcast_buffers",
-    "folder_lock",
     "describe_environment",
+    "folder_lock",
     "gather",
     "is_main_process",
     "mean_over_processes",
@@ -27,6 +28,5 @@ __all__ = [
     "processor_name",
     "rank",
     "remove_unfinished",
-    "atomic_write",
     "write_json",
 ]
