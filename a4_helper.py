@@ -23,18 +23,15 @@ from common import check_training_batch
 from eecs598.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_CACHE_BYTES,
     VOC2007_CLASSES,
-    Augmentation,
-    ImageCache,
-    Sample,
+    AnnotatedImages,
+    Item,
+    crop_center,
     download_voc2007,
-    load_index,
-    normalized,
-    read_image,
-    resize_shorter_side,
-    resized_size,
-    stored_size,
-    to_pixels,
+    load_instances,
+    make_item,
+    unnormalize,
 )
 from eecs598.metrics import Evaluation, write_text_format
 from eecs598.runtime import (
@@ -60,7 +57,6 @@ from eecs598.utils import detection_visualizer, in_notebook_or_window
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "AugmentedTrainingSet",
     "VOC2007DetectionTiny",
     "evaluate_detector",
     "hello_helper",
@@ -82,16 +78,14 @@ def hello_helper() -> None:
 # Data
 # --------------------------------------------------------------------------------------------
 
-MAX_CACHE_BYTES = 4 * 2**30
 
-
-class VOC2007DetectionTiny(Dataset):
+class VOC2007DetectionTiny(Dataset[Item]):
     """PASCAL VOC 2007, or other data in its layout or in COCO's, resized for a small detector.
 
     The index comes from ``dataset_dir/voc07_{split}.json`` (the course's file) or, where that is
-    missing, from the XML of the devkit, with the objects flagged as difficult left out: the same
-    index. Training images are resized to a shorter side of ``image_size`` and cropped to the
-    square in the centre; images of other splits are only resized, so their sizes vary.
+    missing, from the XML of the devkit without the objects flagged as difficult: both give the
+    same index. Training images are resized to a shorter side of ``image_size`` and cropped to the
+    square in the center; images of other splits are only resized, so their sizes vary.
 
     Args:
         dataset_dir: folder with ``VOCdevkit/VOC2007``, or itself in VOC layout, or with the JSON
@@ -100,10 +94,10 @@ class VOC2007DetectionTiny(Dataset):
         download: fetch the devkit into ``dataset_dir`` unless it is there.
         image_size: shorter side in pixels.
         classes: class names in the order of their ids; the 20 of VOC unless given.
-        crop: cut out the square in the centre; that of ``"train"`` alone unless given.
+        crop: cut out the square in the center; by default for ``"train"`` alone.
         cache: keep the resized images in memory, shared by the workers of a loader, so that each
             file is decoded once. Prints how much memory they take.
-        max_cache_bytes: of the cache; images beyond it are read from their files each time.
+        max_cache_bytes: limit of the cache; images beyond it are read from their files each time.
 
     Raises:
         ValueError: data that is missing or broken, or an object whose class is not in
@@ -112,7 +106,7 @@ class VOC2007DetectionTiny(Dataset):
 
     def __init__(
         self,
-        dataset_dir: str | os.PathLike,
+        dataset_dir: str | os.PathLike[str],
         split: str = "train",
         download: bool = False,
         image_size: int = 224,
@@ -132,142 +126,28 @@ class VOC2007DetectionTiny(Dataset):
         self.crop = split == "train" if crop is None else crop
         self.class_to_idx = {name: i for i, name in enumerate(classes)}
         self.idx_to_class = {i: name for name, i in self.class_to_idx.items()}
-
-        self.instances: list[tuple[Path, Tensor]] = []
-        for path, objects in load_index(dataset_dir, split):
-            rows = [[*item["xyxy"], self._class_id(item["name"], path)] for item in objects]
-            self.instances.append((path, torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)))
-        self.max_boxes = max(len(boxes) for _, boxes in self.instances)
-        self.cache = None
-        if cache:
-            self._stored_sizes = [stored_size(path) for path, _ in self.instances]
-            sizes = [resized_size(*size, image_size) for size in self._stored_sizes]
-            self.cache = _announced(ImageCache(sizes, max_cache_bytes))
-
-    def _class_id(self, name: str, path: Path) -> int:
-        if name not in self.class_to_idx:
-            raise ValueError(
-                f"{path.name} has an object of class {name!r}, which is not in the list of "
-                f"classes {list(self.class_to_idx)}. Pass classes= with the names of the data."
-            )
-        return self.class_to_idx[name]
+        self.instances = load_instances(dataset_dir, split, classes)
+        self.images = AnnotatedImages(
+            self.instances, image_size, cache=cache, max_cache_bytes=max_cache_bytes
+        )
 
     def __len__(self) -> int:
         return len(self.instances)
 
-    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Item:
         """Load one image.
 
         Returns:
-            Its path; the image ``(3, H, W)``, normalised with ImageNet's mean and deviation; its
-            boxes ``(M, 5)`` as x1, y1, x2, y2 in pixels of that image and class id. M is that of
-            the fullest image of the set; rows of -1 are padding, or boxes that the crop removed.
+            Its path; the image ``(3, H, W)``, normalized with ImageNet's mean and standard
+            deviation; its boxes ``(M, 5)`` as x1, y1, x2, y2 in pixels of that image and class id.
+            M is that of the fullest image of the set; rows of -1 are padding, or boxes that the
+            crop removed.
         """
-        side = self.image_size
-        path, boxes = self.instances[index]
-        if self.cache is None:
-            original, _ = self.load(index)
-            size, pixels = original.shape[1:], resize_shorter_side(original, side)
-        else:
-            size = self._stored_sizes[index]
-            pixels = self.cache.get(index, lambda: resize_shorter_side(self.load(index)[0], side))
-        height, width = pixels.shape[1:]
-        scale_y, scale_x = height / size[0], width / size[1]
-        boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y, 1.0])
+        path, _ = self.instances[index]
+        pixels, boxes = self.images.resized(index)
         if self.crop:
-            left, top = (width - side) // 2, (height - side) // 2
-            pixels = pixels[:, top : top + side, left : left + side]
-            boxes = _crop_boxes(boxes, left, top, side)
-        return _make_item(path, pixels, boxes, self.max_boxes)
-
-    def load(self, index: int) -> tuple[Tensor, Tensor]:
-        """The image as it is in its file, and its boxes in those pixels.
-
-        Returns:
-            ``(3, H, W)`` in uint8, RGB; ``(M, 5)``.
-        """
-        path, boxes = self.instances[index]
-        # The boxes are those of the pixels as they are stored.
-        return to_pixels(read_image(path, upright=False)), boxes.clone()
-
-
-class AugmentedTrainingSet(Dataset):
-    """The training images that a ``TrainingSampler`` asks for, varied at random.
-
-    Args:
-        dataset: where the images come from.
-        augment: names of augmentations, see ``eecs598.data.augment.Augmentation``; without one, the
-            items are those of the data set.
-        cache: keep the decoded images in memory, shared by the workers of a loader. What comes as
-            the data set's own items is a matter of the data set's cache.
-        max_cache_bytes: of the cache; images beyond it are read from their files each time.
-    """
-
-    def __init__(
-        self,
-        dataset: VOC2007DetectionTiny,
-        augment: Sequence[str] = (),
-        *,
-        cache: bool = False,
-        max_cache_bytes: int = MAX_CACHE_BYTES,
-    ) -> None:
-        super().__init__()
-        self.dataset = dataset
-        self.augmentation = Augmentation(augment)
-        self.cache = None
-        if cache:
-            sizes = [stored_size(path) for path, _ in dataset.instances]
-            self.cache = _announced(ImageCache(sizes, max_cache_bytes))
-        # A mosaic shows four images.
-        self.max_boxes = dataset.max_boxes * (4 if "mosaic" in augment else 1)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, sample: Sample) -> tuple[str, Tensor, Tensor]:
-        """As ``VOC2007DetectionTiny``; the image is square, of the sample's side."""
-        side = sample.side or self.dataset.image_size
-        if not self.augmentation.names and side == self.dataset.image_size:
-            return self.dataset[sample.index]
-        pixels, boxes = self.augmentation(
-            self._load, len(self.dataset), sample.index, sample.seed, side
-        )
-        return _make_item(self.dataset.instances[sample.index][0], pixels, boxes, self.max_boxes)
-
-    def _load(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.cache is None:
-            return self.dataset.load(index)
-        pixels = self.cache.get(index, lambda: self.dataset.load(index)[0])
-        return pixels, self.dataset.instances[index][1].clone()
-
-
-def _announced(cache: ImageCache) -> ImageCache:
-    print(f"images in memory: {cache}")
-    return cache
-
-
-def _make_item(
-    path: Path, pixels: Tensor, boxes: Tensor, max_boxes: int
-) -> tuple[str, Tensor, Tensor]:
-    """Normalise an image (3, H, W) in uint8 and pad its boxes."""
-    padded = torch.full((max_boxes, 5), -1.0)
-    padded[: len(boxes)] = boxes
-    return str(path), normalized(pixels), padded
-
-
-def _crop_boxes(boxes: Tensor, left: int, top: int, side: int) -> Tensor:
-    """Boxes (M, 5) in the pixels of a square crop; those with nothing left become rows of -1."""
-    corner = boxes.new_tensor([left, top, left, top])
-    cropped = torch.cat([(boxes[:, :4] - corner).clamp(0, side), boxes[:, 4:]], dim=1)
-    gone = (cropped[:, 2:4] <= cropped[:, :2]).any(dim=1, keepdim=True)
-    return cropped.masked_fill(gone, -1.0)
-
-
-def unnormalize(images: Tensor) -> Tensor:
-    """Undo the normalisation of ``(..., 3, H, W)`` images, back to RGB in [0, 1]."""
-    mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = images.new_tensor(IMAGENET_STD)[:, None, None]
-    return images * std + mean
+            pixels, boxes = crop_center(pixels, boxes)
+        return make_item(path, pixels, boxes, self.images.max_boxes)
 
 
 # --------------------------------------------------------------------------------------------

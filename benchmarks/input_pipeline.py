@@ -1,4 +1,4 @@
-"""How long does it take from a JPEG file to a training tensor, next to Pillow and torchvision?
+"""Input pipeline: time from a JPEG file to a training tensor, next to Pillow and torchvision.
 
 The images are those of ../shared/voc2007-original or of the folder in VOC layout that the variable
 FCOS_BENCHMARK_DATA names; without them, there are no rows.
@@ -66,12 +66,12 @@ def _rows(folder: Path) -> Iterator[Row]:
     peer = "Pillow and torchvision.transforms"
     question = f"{len(dataset)} JPEG files to tensors of {SIDE} px"
     yield Row(question, peer, *side_by_side(ours, theirs), 1 / 3)
-    question = f"the same from memory, {in_memory.cache}"
+    question = f"the same from memory, {in_memory.images.cache}"
     yield Row(question, peer, *side_by_side(ours_in_memory, theirs), 1 / 15)
 
 
 def _is_within(image: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two images agree; where a crop begins, the two may round to neighbouring columns."""
+    """Return whether two images agree, up to a shift of one pixel: crops may round differently."""
     shifted = (image, image[:, 1:, :], image[:, :, 1:], image[:, 1:, 1:])
     return any(
         (part - other[:, : part.shape[1], : part.shape[2]]).abs().max() <= tolerance

@@ -1,4 +1,4 @@
-"""Numeric checks of values and gradients."""
+"""Numeric checks: relative errors and gradients by finite differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["compute_numeric_gradient", "rel_error"]
 
 
 def rel_error(x: Tensor, y: Tensor, eps: float = 1e-10) -> float:
-    """Largest absolute difference, relative to the magnitudes of both tensors.
+    """Return the largest absolute difference, relative to the magnitudes of both tensors.
 
     Args:
         x, y: tensors of one shape.
@@ -22,6 +22,10 @@ def rel_error(x: Tensor, y: Tensor, eps: float = 1e-10) -> float:
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> rel_error(torch.tensor([1.0, -4.0]), torch.tensor([2.0, -4.0]), eps=0.0)
+        0.125
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape:
@@ -42,17 +46,18 @@ def compute_numeric_gradient(
     grad_output: Tensor | None = None,
     step: float = 1e-6,
 ) -> Tensor:
-    """Gradient of a function by central differences, one entry at a time.
+    """Compute the gradient of a function by central differences, one entry at a time.
 
     Args:
         function: maps a tensor like ``x`` to a tensor.
-        x: where to differentiate; use float64, float32 has too few digits for small steps.
-        grad_output: gradient that flows into the function's output, of the output's shape; all
-            ones unless given.
+        x: point at which to differentiate, in float64: float32 has too few digits for small
+            steps.
+        grad_output: gradient of a loss with respect to the function's output, of the output's
+            shape; all ones unless given.
         step: distance to either side.
 
     Returns:
-        Gradient of ``(function(x) * grad_output).sum()``, of the shape of ``x``.
+        The gradient of ``(function(x) * grad_output).sum()``, of the shape of ``x``.
     """
     x = x.detach().clone()
     gradient = torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""Seeds and pictures."""
+"""Seeds of random generators, and drawings of images with boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eecs598.runtime import replacing
+from eecs598.runtime import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +41,9 @@ def tensor_to_image(tensor: Tensor) -> np.ndarray:
     """Turn a ``(3, H, W)`` image in [0, 1] into an ``(H, W, 3)`` uint8 array.
 
     Values outside [0, 1] are clipped.
+
+    Raises:
+        ValueError: the tensor has another shape.
     """
     if tensor.dim() != 3 or tensor.shape[0] != 3:
         raise ValueError(f"the image has shape {tuple(tensor.shape)}; expected (3, H, W).")
@@ -56,7 +59,7 @@ def detection_visualizer(
     points: Tensor | Sequence | None = None,
     *,
     ax: Axes | None = None,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> Axes:
     """Draw an image with ground-truth boxes, predictions and points.
 
@@ -70,8 +73,11 @@ def detection_visualizer(
         path: save the picture here, too.
 
     Returns:
-        The axes. In a notebook or with a window the figure is shown as well, unless the caller
-        brought axes or a path.
+        The axes. In a notebook or where matplotlib opens windows, the figure is shown as well,
+        unless ``ax`` or ``path`` is given.
+
+    Raises:
+        ValueError: boxes or points with another number of columns.
     """
     from matplotlib.figure import Figure
 
@@ -93,12 +99,13 @@ def detection_visualizer(
         _draw_box(ax, row, idx_to_class, PREDICTION_COLOR)
     centers = np.array(_rows(points, "points", (2,))).reshape(-1, 2)
     ax.plot(centers[:, 0], centers[:, 1], ".", color=POINT_COLOR, markeredgecolor="black", ms=7)
-    # Boxes and points may reach over the edge; the picture stays the image.
+    # Boxes and points that reach over the edge must not enlarge the picture.
     ax.set_xlim(-0.5, image.shape[1] - 0.5)
     ax.set_ylim(image.shape[0] - 0.5, -0.5)
     if path is not None:
-        with replacing(path) as unfinished:
-            ax.figure.savefig(unfinished, bbox_inches="tight")
+        figure = ax.figure.figure  # the whole one, where the axes are in a subfigure
+        with atomic_write(path) as unfinished:
+            figure.savefig(unfinished, bbox_inches="tight")
     if show:
         plt.show()
     return ax
@@ -107,17 +114,17 @@ def detection_visualizer(
 def contact_sheet(
     pictures: Sequence[tuple[Tensor, Tensor, Tensor]],
     idx_to_class: Mapping[int, str],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     columns: int = 4,
 ) -> None:
-    """Save one picture with many images, their ground truth and their detections.
+    """Save one picture that shows many images with their ground truth and detections.
 
     Args:
-        pictures: per image ``(3, H, W)`` in [0, 1], ground truth ``(M, 5)`` and predictions
-            ``(K, 6)`` as in ``detection_visualizer``.
+        pictures: for each image the pixels ``(3, H, W)`` in [0, 1], ground truth ``(M, 5)`` and
+            predictions ``(K, 6)`` as in ``detection_visualizer``.
         idx_to_class: class id -> name.
         path: of the PNG.
-        columns: images a row.
+        columns: images per row.
     """
     from matplotlib.figure import Figure
 
@@ -129,19 +136,19 @@ def contact_sheet(
     for ax, (image, ground_truth, predictions) in zip(axes, pictures, strict=False):
         detection_visualizer(image, idx_to_class, ground_truth, predictions, ax=ax)
     figure.suptitle("ground truth red, detections green", fontsize=11)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, bbox_inches="tight")
 
 
 def in_notebook_or_window() -> bool:
-    """Whether showing a figure puts it before somebody's eyes."""
+    """Return whether matplotlib shows figures: in a notebook or in a window."""
     import matplotlib
 
     return matplotlib.get_backend().lower() not in ("agg", "pdf", "ps", "svg", "cairo", "template")
 
 
 def _rows(values: Tensor | Sequence | None, name: str, widths: tuple[int, ...]) -> list:
-    """Normalise a tensor, a list or one single row to a list of rows."""
+    """Convert a tensor, a list or a single row to a list of rows."""
     if values is None:
         return []
     array = torch.as_tensor(values).detach().cpu().double()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcos.options import add_json_option, positive_int
 
 if TYPE_CHECKING:
-    from a4_helper import VOC2007DetectionTiny
+    pass
 
 __all__ = ["add_options", "describe_contents", "generated_shapes"]
 
@@ -65,22 +64,22 @@ def _voc2007(args: argparse.Namespace) -> None:
 
 def generated_shapes() -> Path:
     """Return the generated set in the user's cache folder, drawn on first use."""
-    from eecs598.data import write_shapes
+    from eecs598.data import shapes_folder, write_shapes
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "eecs598-fcos" / "shapes"
+    folder = shapes_folder()
     print(f"generated data set: {folder}")
     return write_shapes(folder)
 
 
 def describe_contents(
-    data: str | Path, datasets: Iterable[VOC2007DetectionTiny]
+    data: str | Path, splits: Mapping[str, Sequence[Instance]], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Count what there is to learn.
 
     Args:
         data: folder of the data, for the error message.
-        datasets: the splits.
+        splits: the images and boxes of each split.
+        names: class names in the order of their ids.
 
     Returns:
         For each split the number of ``images``, and of the ``objects`` of each class.
@@ -90,15 +89,15 @@ def describe_contents(
     """
     from eecs598.metrics import check_class_names
 
+    check_class_names(names)
     contents = {}
-    for dataset in datasets:
-        check_class_names(list(dataset.class_to_idx))
-        labels = [int(label) for _, boxes in dataset.instances for label in boxes[:, 4]]
+    for split, instances in splits.items():
+        labels = [int(label) for _, boxes in instances for label in boxes[:, 4]]
         if not labels:
             raise ValueError(
-                f"{dataset.split} of {data} has no object that counts; `fcos data check {data}` "
+                f"{split} of {data} has no object that counts; `fcos data check {data}` "
                 "shows what is there."
             )
-        objects = {name: labels.count(i) for name, i in dataset.class_to_idx.items()}
-        contents[dataset.split] = {"images": len(dataset), "objects": objects}
+        objects = {name: labels.count(i) for i, name in enumerate(names)}
+        contents[split] = {"images": len(instances), "objects": objects}
     return contents

@@ -88,11 +88,18 @@ def _train(args: argparse.Namespace, device: str) -> None:
     """Settings, data, detector, training, report: everything that a run does, in this order."""
     import torch
 
-    from a4_helper import AugmentedTrainingSet, VOC2007DetectionTiny, train_detector
+    from a4_helper import VOC2007DetectionTiny, train_detector
     from eecs598 import reset_seed
-    from eecs598.data import TrainingSampler
+    from eecs598.data import TrainingSampler, TrainingSet, load_instances
     from eecs598.metrics import plot_average_precision
-    from eecs598.runtime import claimed, gather, is_main_process, num_processes, rank, write_json
+    from eecs598.runtime import (
+        folder_lock,
+        gather,
+        is_main_process,
+        num_processes,
+        rank,
+        write_json,
+    )
     from eecs598.training import TrainingRun, ignore_signals, plot_losses, precision_name
     from fcos.models import build_detector
 
@@ -106,15 +113,19 @@ def _train(args: argparse.Namespace, device: str) -> None:
             "processes; choose a multiple."
         )
 
-    # Data. Augmentations, and batches of other sizes, start from the originals.
-    varies = bool(data.augment or data.image_sizes)
-    train_set, val_set = (
-        VOC2007DetectionTiny(
-            description.data, split, image_size=data.image_size, classes=names, cache=cache
-        )
-        for split, cache in (("train", args.cache and not data.augment), ("val", args.cache))
+    # Data
+    train_set = TrainingSet(
+        load_instances(description.data, "train", names),
+        data.image_size,
+        data.augment,
+        image_sizes=data.image_sizes,
+        cache=args.cache,
     )
-    description.check_contents(describe_contents(description.data, (train_set, val_set)))
+    val_set = VOC2007DetectionTiny(
+        description.data, "val", image_size=data.image_size, classes=names, cache=args.cache
+    )
+    splits = {"train": train_set.images.instances, "val": val_set.instances}
+    description.check_contents(describe_contents(description.data, splits, names))
     print(f"{len(train_set)} training and {len(val_set)} validation images, classes: {names}")
     print(settings)
 
@@ -147,12 +158,12 @@ def _train(args: argparse.Namespace, device: str) -> None:
         settings.optimization.max_iters,
         start=training_run.iteration,
         seed=data.seed,
-        sides=data.image_sizes,
+        image_sizes=data.image_sizes,
         rank=rank(),
         num_processes=num_processes(),
     )
     train_loader = torch.utils.data.DataLoader(
-        AugmentedTrainingSet(train_set, data.augment, cache=args.cache and varies),
+        train_set,
         batch_sampler=sampler,
         num_workers=workers,
         worker_init_fn=ignore_signals,
@@ -164,7 +175,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
         "processes": num_processes(),
         "precision": precision_name(device, settings.optimization.amp),
     }
-    with claimed(out) if is_main_process() else contextlib.nullcontext():
+    with folder_lock(out) if is_main_process() else contextlib.nullcontext():
         if is_main_process():
             description.write()
         history = train_detector(

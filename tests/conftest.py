@@ -44,7 +44,7 @@ def voc2007_dir() -> Path:
 
 @pytest.fixture
 def voc_folder(tmp_path: Path):
-    """Returns a function that writes a data set in VOC layout and returns its folder."""
+    """Return a function that writes a data set in VOC layout and returns its folder."""
 
     def write(images: dict[str, dict[str, tuple[Image.Image, list[tuple]]]]) -> Path:
         """``images[split][id] = (picture, [(class, x1, y1, x2, y2), ...])``."""

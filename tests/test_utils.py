@@ -1,4 +1,4 @@
-"""Seeds, pictures, numeric gradients, files."""
+"""Seeds, drawings, numeric gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from PIL import Image
 
 from eecs598 import reset_seed
 from eecs598.grad import compute_numeric_gradient, rel_error
-from eecs598.runtime.files import replacing
-from eecs598.training.checkpoint import load_checkpoint, save_checkpoint
 from eecs598.utils import contact_sheet, detection_visualizer, tensor_to_image
 
 
@@ -94,32 +92,3 @@ def test_numeric_gradient():
     assert rel_error(numeric, 3 * x**2) < 1e-8
     weighted = compute_numeric_gradient(lambda v: v**3, x, grad_output=x)
     assert rel_error(weighted, 3 * x**3) < 1e-8
-
-
-def test_checkpoint_round_trip_and_errors(tmp_path):
-    path = tmp_path / "runs/checkpoint.pt"
-    save_checkpoint(path, {"w": torch.ones(2)}, {"stem": [64]}, ["cat"], iteration=5)
-    loaded = load_checkpoint(path)
-    assert loaded["classes"] == ["cat"] and loaded["iteration"] == 5
-    assert torch.equal(loaded["model"]["w"], torch.ones(2))
-    with pytest.raises(ValueError, match="is not a file"):
-        load_checkpoint(tmp_path / "nowhere.pt")
-    (tmp_path / "garbage.pt").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="can't be read"):
-        load_checkpoint(tmp_path / "garbage.pt")
-    torch.save({"w": torch.ones(2), "b": torch.ones(1)}, tmp_path / "plain.pt")
-    plain = load_checkpoint(tmp_path / "plain.pt")
-    assert sorted(plain["model"]) == ["b", "w"] and plain["settings"] is plain["classes"] is None
-    torch.save({"weight": torch.ones(2), "epoch": 3}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="lacks model, settings, classes"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text("before")
-    with pytest.raises(RuntimeError), replacing(path) as unfinished:
-        unfinished.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "before"
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]

@@ -1,6 +1,6 @@
-"""Images and boxes: from files on disk to the items that a training run asks for."""
+"""Data: from image and annotation files on disk to the items that a loader puts into batches."""
 
-from eecs598.data.augment import Augmentation
+from eecs598.data.augment import AUGMENTATIONS, Augmentation
 from eecs598.data.check import check_data, format_report
 from eecs598.data.image_cache import ImageCache
 from eecs598.data.images import (
@@ -9,41 +9,62 @@ from eecs598.data.images import (
     ImageFiles,
     LoadedImage,
     find_images,
-    normalized,
+    normalize,
     read_image,
     resize_shorter_side,
     resized_size,
     stored_size,
     to_pixels,
+    unnormalize,
 )
-from eecs598.data.index import class_names, load_index
+from eecs598.data.index import Instance, class_names, load_index, load_instances
 from eecs598.data.sampling import Sample, TrainingSampler
 from eecs598.data.shapes import CLASSES as SHAPES_CLASSES
-from eecs598.data.shapes import write_shapes
-from eecs598.data.voc import VOC2007_CLASSES, download_voc2007
+from eecs598.data.shapes import shapes_folder, write_shapes
+from eecs598.data.training_set import (
+    MAX_CACHE_BYTES,
+    AnnotatedImages,
+    Item,
+    TrainingSet,
+    crop_center,
+    make_item,
+)
+from eecs598.data.voc import VOC2007_CLASSES
+from eecs598.data.voc_download import download_voc2007
 
 __all__ = [
+    "AUGMENTATIONS",
+    "AnnotatedImages",
     "Augmentation",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "ImageCache",
     "ImageFiles",
+    "Instance",
+    "Item",
     "LoadedImage",
+    "MAX_CACHE_BYTES",
     "SHAPES_CLASSES",
     "Sample",
     "TrainingSampler",
+    "TrainingSet",
     "VOC2007_CLASSES",
     "check_data",
     "class_names",
+    "crop_center",
     "download_voc2007",
     "find_images",
     "format_report",
     "load_index",
-    "normalized",
+    "load_instances",
+    "make_item",
+    "normalize",
     "read_image",
     "resize_shorter_side",
     "resized_size",
+    "shapes_folder",
     "stored_size",
     "to_pixels",
+    "unnormalize",
     "write_shapes",
 ]

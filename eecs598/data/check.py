@@ -1,9 +1,8 @@
-"""Look through a data set before hours of training are spent on it.
+"""Check of a data set before training: every problem with its number, examples and advice.
 
-Every image is decoded and every box is compared with it. Nothing stops the walk: what is wrong is
-counted, shown on a few files, and comes with what to do about it.
+Every image is decoded and every box is compared with it. A problem does not end the check::
 
-    from eecs598.data.check import check_data, format_report
+    from eecs598.data import check_data, format_report
 
     print(format_report(check_data("data/mine")))
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,8 +28,8 @@ from eecs598.data.index import data_layout
 
 __all__ = ["DataReport", "Problem", "SplitSummary", "check_data", "format_report"]
 
-# A side shorter than this, in pixels of the resized image, is half a stride of the finest level of
-# a pyramid that begins at stride 8: most likely no location lies inside the box.
+# In pixels of the resized image: half a stride of level p3. Most likely no location is inside a box
+# with a shorter side than this.
 TINY_SIDE = 4.0
 # How far a box may leave the image, in pixels of the file: rounding, and counting from 0 or from 1.
 OVERHANG = 1.0
@@ -38,8 +37,8 @@ EXAMPLES = 3  # files shown for each problem
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap width and height
 
-# What can be wrong: level, description, advice. An error stops training or makes it learn what is
-# not so; a warning may be meant. Reports keep this order.
+# The kinds of problems: level, description, advice. An error stops training or teaches the detector
+# something wrong; a warning may be intended. Reports keep this order.
 _KINDS = {
     "split": (
         "error",
@@ -65,7 +64,7 @@ _KINDS = {
     "rotated": (
         "error",
         "photographs turned by EXIF, with boxes for the turned picture",
-        "Training reads pixels as they are stored, so these boxes lie elsewhere: turn the files "
+        "Training reads pixels as they are stored, so these boxes miss the objects: turn the files "
         "themselves, for example with ImageMagick's `mogrify -auto-orient`.",
     ),
     "size": (
@@ -76,7 +75,7 @@ _KINDS = {
     ),
     "outside": (
         "error",
-        "boxes that lie outside the image altogether",
+        "boxes that are completely outside the image",
         "Correct them; are the coordinates in pixels, x before y, and in COCO x, y, width, height?",
     ),
     "empty": (
@@ -94,12 +93,12 @@ _KINDS = {
     "flat": (
         "warning",
         "boxes without width or height",
-        "No location lies inside, so nothing is learned from them: correct or remove them.",
+        "No location is inside, so nothing is learned from them: correct or remove them.",
     ),
     "leaves": (
         "warning",
         "boxes that leave the image",
-        "Training clips them. If they are many, are these boxes x, y, width, height in COCO and "
+        "Training clips them. If there are many, are the boxes x, y, width, height in COCO and "
         "corners in VOC?",
     ),
     "tiny": (
@@ -111,8 +110,8 @@ _KINDS = {
     "orientation": (
         "warning",
         "photographs with an EXIF orientation",
-        "Training reads pixels as they are stored, and nothing says whether the boxes do, too: "
-        "look at one of them, or turn the files themselves.",
+        "Training reads pixels as they are stored, and it is not known whether the boxes are meant "
+        "for these: look at one of them, or turn the files themselves.",
     ),
     "twice": (
         "warning",
@@ -129,18 +128,19 @@ _KINDS = {
 
 @dataclass
 class SplitSummary:
-    """One split in numbers; difficult objects and crowd regions are left out.
+    """Numbers of one split, without difficult objects and crowd regions.
 
     Attributes:
         images: number of images on the split's list.
-        images_without_objects: those of them that are background only.
+        images_without_objects: number of images that show background only.
         objects: number of objects.
         objects_per_class: number of objects of each class, by name.
-        most_objects: in one image.
+        most_objects: largest number of objects in one image.
         fullest_image: the image that has them.
         box_size: square root of the box area in pixels of the file, quantiles 0, 25, 50, 75 and
             100 %; empty where there is no box.
-        box_size_resized: the same, once the shorter side of the image has `DataReport.image_size`.
+        box_size_resized: the same in images resized to a shorter side of
+            ``DataReport.image_size``.
         shorter_side: of the image files that could be decoded, the same quantiles.
         longer_side: likewise.
     """
@@ -159,11 +159,11 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything of one kind that is wrong.
+    """All problems of one kind.
 
     Attributes:
-        level: "error" (training stops or learns what is not so) or "warning".
-        kind: a short name that does not change, such as "missing".
+        level: ``"error"`` (training stops or learns something wrong) or ``"warning"``.
+        kind: a short, stable name such as ``"missing"``.
         description: what is wrong, in words.
         advice: what to do about it.
         count: how many images, boxes, classes or records.
@@ -180,12 +180,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found.
+    """The result of ``check_data``.
 
     Attributes:
         root: the data folder or COCO JSON file.
-        layout: "coco" or "voc".
-        image_size: shorter side in pixels that resized boxes are meant for.
+        layout: ``"coco"`` or ``"voc"``.
+        image_size: shorter side in pixels of resized images.
         splits: summary of each split that could be read.
         problems: errors first.
     """
@@ -198,30 +198,31 @@ class DataReport:
 
     @property
     def has_errors(self) -> bool:
+        """Whether there is a problem of level ``"error"``."""
         return any(problem.level == "error" for problem in self.problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, texts and numbers, ready for JSON."""
+        """Return the report as values that JSON can hold."""
         return {**asdict(self), "has_errors": self.has_errors}
 
 
 def check_data(
-    root: str | Path,
+    root: str | os.PathLike[str],
     splits: Sequence[str] = ("train", "val"),
     *,
     image_size: int = 224,
     progress: bool = True,
 ) -> DataReport:
-    """Reads all annotations and decodes all images of a data set.
+    """Read all annotations and decode all images of a data set.
 
     Args:
         root: folder in VOC layout or with COCO instances, or a COCO JSON file.
-        splits: to look at; the first is the one to be trained on.
+        splits: to check; the first is the one to be trained on.
         image_size: shorter side in pixels that training will resize images to.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: `root` has none of the splits. What is wrong inside is reported, not raised.
+        ValueError: ``root`` has none of the splits. Problems inside are reported, not raised.
     """
     if not splits:
         raise ValueError("no splits to check were given; expected names such as train and val")
@@ -241,7 +242,7 @@ def check_data(
             _check_image(found, entry, file)
             _check_boxes(found, entry, file.size or entry.size, image_size)
             _check_shared(found, entry, file, split, first_split)
-        summaries[split] = _summarise(found, entries, files, image_size)
+        summaries[split] = _summarize(found, entries, files, image_size)
         if not summaries[split].objects:
             found.add("empty", split)
     _check_classes(found, summaries, splits)
@@ -258,13 +259,13 @@ class _Entry:
     """One image as its annotation describes it."""
 
     path: Path
-    objects: list[dict]
+    objects: list[dict[str, Any]]
     size: tuple[int, int] | None
 
 
 @dataclass
 class _File:
-    """One image file: its size and EXIF orientation, or what is wrong with it."""
+    """One image file: its size and EXIF orientation, or why it can't be read."""
 
     size: tuple[int, int] | None = None
     orientation: int = 1
@@ -273,7 +274,7 @@ class _File:
 
 
 class _Findings:
-    """Collects what is wrong by kind; file names are written relative to the data folder."""
+    """The problems found so far, by kind, with file names relative to the data folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -338,7 +339,7 @@ def _read_file(path: Path) -> _File:
     if not os.path.isfile(path):
         return _File(fault=("missing", "missing"))
     try:
-        image = read_image(path, upright=False)  # what the training will do
+        image = read_image(path, upright=False)  # as in training
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     except (ValueError, OSError) as error:
         return _File(fault=("unreadable", str(error).split(" can't be read as an image: ")[-1]))
@@ -348,7 +349,7 @@ def _read_file(path: Path) -> _File:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF does no harm: training does not read it
+    except Exception:  # damaged EXIF data is harmless: training does not read it
         return 1
 
 
@@ -362,18 +363,17 @@ def _check_image(found: _Findings, entry: _Entry, file: _File) -> None:
     if file.fault is not None:
         kind, reason = file.fault
         found.add(kind, f"{name}: {reason}")
+    if file.size is None:
         return
     sizes = f"{name}: {_by(file.size)} in the file"
     if entry.size is not None and entry.size != file.size:
         turned = file.orientation in (5, 6, 7, 8) and entry.size == file.size[::-1]
         found.add("rotated" if turned else "size", f"{sizes}, {_by(entry.size)} in the annotation")
-    elif file.orientation in range(2, 9) and not _tells_apart(entry, file):
-        found.add("orientation", f"{name}: orientation {file.orientation}")
-
-
-def _tells_apart(entry: _Entry, file: _File) -> bool:
-    """Whether the annotation's size shows that boxes are for the pixels as they are stored."""
-    return entry.size is not None and file.orientation >= 5 and file.size[0] != file.size[1]
+    elif file.orientation in range(2, 9):
+        # A size that would differ in the turned image shows that the boxes are for the stored one.
+        is_clear = file.orientation >= 5 and file.size[0] != file.size[1]
+        if entry.size is None or not is_clear:
+            found.add("orientation", f"{name}: orientation {file.orientation}")
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -395,7 +395,7 @@ def _check_boxes(
 
 
 def _box_fault(box: list[float], size: tuple[int, int] | None, image_size: int) -> str | None:
-    """The worst that can be said of a box, or None."""
+    """Return the kind of the worst problem of a box, or None."""
     x1, y1, x2, y2 = box
     if x2 <= x1 or y2 <= y1:
         return "flat"
@@ -411,7 +411,9 @@ def _box_fault(box: list[float], size: tuple[int, int] | None, image_size: int) 
     return None
 
 
-def _describe(found: _Findings, entry: _Entry, item: dict, size: tuple[int, int] | None) -> str:
+def _describe(
+    found: _Findings, entry: _Entry, item: dict[str, Any], size: tuple[int, int] | None
+) -> str:
     corners = ", ".join(f"{value:g}" for value in item["xyxy"])
     of_image = f" in {_by(size)}" if size else ""
     return f"{found.name(entry.path)}: {item['name']} [{corners}]{of_image}"
@@ -449,7 +451,7 @@ def _check_classes(
 # ---------------------------------------------------------------------------------------
 
 
-def _summarise(
+def _summarize(
     found: _Findings, entries: list[_Entry], files: list[_File], image_size: int
 ) -> SplitSummary:
     counts = Counter(item["name"] for entry in entries for item in entry.objects)
@@ -481,19 +483,19 @@ def _box_sizes(entries: list[_Entry]) -> Iterator[float]:
             yield ((x2 - x1) * (y2 - y1)) ** 0.5
 
 
-def _quantiles(values: Iterator[float]) -> list[float]:
-    """Minimum, quartiles and maximum, to a tenth of a pixel."""
-    values = list(values)
-    return np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).round(1).tolist() if values else []
+def _quantiles(values: Iterable[float]) -> list[float]:
+    """Return minimum, quartiles and maximum, rounded to a tenth of a pixel."""
+    numbers = list(values)
+    return np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1]).round(1).tolist() if numbers else []
 
 
 # ---------------------------------------------------------------------------------------
-# For people
+# Report as text
 # ---------------------------------------------------------------------------------------
 
 
 def format_report(report: DataReport) -> str:
-    """Lays out a report for a terminal: a table, the problems, and one line as verdict."""
+    """Format a report for a terminal: a table, the problems, and a verdict in one line."""
     lines = [f"{report.root} ({report.layout.upper()} layout)", *_table(report)]
     for problem in report.problems:
         lines += ["", f"{problem.level.upper()}: {problem.description} ({problem.count})"]
@@ -506,7 +508,7 @@ def format_report(report: DataReport) -> str:
 
 def _table(report: DataReport) -> list[str]:
     summaries = report.splits.values()
-    rows: list[tuple[str, list]] = [
+    rows: list[tuple[str, list[Any]]] = [
         ("", list(report.splits)),
         ("images", [s.images for s in summaries]),
         ("  without objects", [s.images_without_objects for s in summaries]),

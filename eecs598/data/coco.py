@@ -1,14 +1,14 @@
-"""COCO instances files: read into the very index that `eecs598.data.voc` gives.
+"""COCO: read instances files into the same index as ``eecs598.data.voc``.
 
 Format: Lin et al., "Microsoft COCO: Common Objects in Context", arXiv 1405.0312, and
-https://cocodataset.org/#format-data. Of the JSON file this reads
+https://cocodataset.org/#format-data. These parts of the JSON file are read::
 
     "images"       id, file_name, and width and height where they are given
     "categories"   id, name
     "annotations"  image_id, category_id, bbox = [x, y, width, height], iscrowd
 
-and nothing else. Boxes become XYXY in pixels of the image file. Regions with `iscrowd: 1` are left
-out, like VOC's difficult objects. Ids may be any whole numbers.
+Boxes become XYXY in pixels of the image file. Regions with ``iscrowd: 1`` are left
+out, like VOC's difficult objects. Ids may be any whole numbers::
 
     from eecs598.data.coco import load_index
 
@@ -42,43 +42,44 @@ class CocoImage:
 
     Attributes:
         path: of the image file, absolute.
-        size: width and height as the JSON file gives them, None where it does not.
-        objects: `{"name": str, "xyxy": [x1, y1, x2, y2], "crowd": bool}` each, in the file's order.
+        size: width and height as given in the JSON file, or None.
+        objects: ``{"name": str, "xyxy": [x1, y1, x2, y2], "crowd": bool}`` for each object, in the
+            file's order.
     """
 
     path: Path
     size: tuple[int, int] | None
-    objects: list[dict] = field(default_factory=list)
+    objects: list[dict[str, Any]] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------
-# Where the files lie
+# Finding the files
 # ---------------------------------------------------------------------------------------
 
 
-def find_instances(root: str | Path, split: str) -> Path | None:
-    """The instances file of a split, None where there is none.
+def find_instances(root: str | os.PathLike[str], split: str) -> Path | None:
+    """Find the instances file of a split; return None where there is none.
 
     Raises:
-        ValueError: `root/annotations` has several files for the split, or `root` is a JSON file
-            and neither its name nor its folder's says which split it is.
+        ValueError: ``root/annotations`` has several files for the split, or ``root`` is a JSON file
+            and neither its name nor that of its folder has the word for a split.
     """
     return next((path for path in candidates(root, split) if path.is_file()), None)
 
 
-def candidates(root: str | Path, split: str) -> list[Path]:
-    """Where the instances file of a split may lie, in this order; it need not be there.
+def candidates(root: str | os.PathLike[str], split: str) -> list[Path]:
+    """List the paths at which the instances file of a split is looked for, in this order.
 
-    - `root/annotations/instances_{split}.json`, or the only `instances_{split}*.json` there, as
-      in `instances_train2017.json`;
-    - `root/{split}/_annotations.coco.json`;
-    - where `root` is a JSON file itself: that file, or its name and that of its folder with the
-      word for its split replaced by the word for `split`.
+    - ``root/annotations/instances_{split}.json``, or the only ``instances_{split}*.json`` there, as
+      in ``instances_train2017.json``;
+    - ``root/{split}/_annotations.coco.json``;
+    - where ``root`` is a JSON file itself: that file, or its name and that of its folder with the
+      word for its split replaced by the word for ``split``.
 
     The split "val" may also be called "valid" or "validation".
 
     Raises:
-        ValueError: as `find_instances`.
+        ValueError: as ``find_instances``.
     """
     root = Path(os.path.abspath(root))
     if root.is_file():
@@ -106,7 +107,7 @@ def _words(split: str) -> tuple[str, ...]:
 
 
 def _siblings(path: Path, split: str) -> list[Path]:
-    """The file itself if it is that of the split, otherwise where its name says that one lies."""
+    """List the file itself if it is that of the split, or the paths that its name suggests."""
     known = sorted({*_SPLIT_WORDS, split}, key=len, reverse=True)
     words = "|".join(map(re.escape, known))
     in_name = re.compile(f"(?<![A-Za-z])({words})(?![A-Za-z])")
@@ -128,7 +129,7 @@ def _siblings(path: Path, split: str) -> list[Path]:
 
 
 def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
-    """Folders that `file_name` may be relative to, in the order in which they are tried."""
+    """List the folders that ``file_name`` may be relative to, in the order of the search."""
     if root.is_file():
         root = path.parent.parent if path.parent.name == "annotations" else path.parent
     names = ("images", path.stem.removeprefix("instances_"), *_words(split))
@@ -140,24 +141,25 @@ def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
 # ---------------------------------------------------------------------------------------
 
 
-def load_index(root: str | Path, split: str) -> list[tuple[Path, list[dict]]]:
-    """Loads one split.
+def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Load one split, without crowd regions.
 
-    `file_name` is relative to the first of these folders that has the image: that of the JSON
-    file, `root`, `root/images`, `root/X` where the file is `instances_X.json`, `root/{split}`.
-    Forward and backward slashes both separate folders.
+    ``file_name`` is relative to the first of these folders that has the image: that of the JSON
+    file, ``root``, ``root/images``, ``root/X`` where the file is ``instances_X.json``,
+    ``root/{split}``. Forward and backward slashes both separate folders.
 
     Returns:
-        (absolute image path, `[{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]`) for each image in
-        the file's order, boxes as floats in pixels. An image without objects has an empty list.
+        For each image, in the file's order, its absolute path and its objects, each
+        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file. An image
+        without objects has an empty list.
 
     Raises:
         ValueError: there is no such split, the file is broken, or image files are missing.
     """
+    path = _require_instances(root, split)
     images = read_split(root, split)
     missing = [image.path for image in images if not os.path.isfile(image.path)]
     if missing:
-        path = find_instances(root, split)
         folders = _image_folders(Path(os.path.abspath(root)), path, split)
         raise ValueError(
             f"{path}: {len(missing)} of the {len(images)} image files are missing, the first is "
@@ -173,13 +175,15 @@ def load_index(root: str | Path, split: str) -> list[tuple[Path, list[dict]]]:
     ]
 
 
-def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Sorted names of the categories with an annotation in those of the `splits` that exist.
+def class_names(
+    root: str | os.PathLike[str], splits: Sequence[str] = ("train", "val")
+) -> list[str]:
+    """Return the sorted names of the categories that occur in those of the ``splits`` that exist.
 
-    Crowd regions count too, as difficult objects do in VOC.
+    Crowd regions count, too, as difficult objects do in VOC.
 
     Raises:
-        ValueError: none of the splits exists, none has an annotation, or as `load_index`.
+        ValueError: none of the splits exists, none has an annotation, or as ``load_index``.
     """
     present = [split for split in splits if find_instances(root, split) is not None]
     names = {
@@ -197,26 +201,23 @@ def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> l
 
 
 def read_split(
-    root: str | Path, split: str, *, problems: list[str] | None = None
+    root: str | os.PathLike[str], split: str, *, problems: list[str] | None = None
 ) -> list[CocoImage]:
-    """Reads the instances file of a split; image files may be missing.
+    """Read the instances file of a split; image files may be missing.
 
     Args:
-        root: data folder or JSON file, see `candidates`.
+        root: data folder or JSON file, see ``candidates``.
         split: "train", "val" or any other.
-        problems: where given, a record that is wrong is left out and described here, in place of
-            an error.
+        problems: where given, a record that is wrong is left out and its description added here,
+            in place of an error.
 
     Raises:
         ValueError: there is no such split, the file is no instances file, or a record is wrong.
     """
-    path = find_instances(root, split)
-    if path is None:
-        looked = ", ".join(map(str, candidates(root, split)))
-        raise ValueError(f"no COCO instances of split {split!r}. Looked for {looked}: not there")
+    path = _require_instances(root, split)
     images = _read_instances(path, problems)
     folders = _image_folders(Path(os.path.abspath(root)), path, split)
-    # Where a few images are missing, the folder is that of the first one that is there.
+    # Where a few images are missing, the folder is that of the first one that exists.
     folder = next(
         (folder for image in images for folder in folders if os.path.isfile(folder / image.path)),
         folders[0],
@@ -226,13 +227,21 @@ def read_split(
     return images
 
 
+def _require_instances(root: str | os.PathLike[str], split: str) -> Path:
+    path = find_instances(root, split)
+    if path is None:
+        looked = ", ".join(map(str, candidates(root, split)))
+        raise ValueError(f"no COCO instances of split {split!r}. Looked for {looked}: not there")
+    return path
+
+
 # ---------------------------------------------------------------------------------------
 # The JSON file
 # ---------------------------------------------------------------------------------------
 
 
 def _read_instances(path: Path, problems: list[str] | None) -> list[CocoImage]:
-    """The images with their objects, in the file's order, paths as `file_name` has them."""
+    """Read the images with their objects, in the file's order, paths as in ``file_name``."""
     document = _read_json(path)
     names: dict[int, str] = {}
     images: dict[int, CocoImage] = {}
@@ -261,9 +270,9 @@ def _read_instances(path: Path, problems: list[str] | None) -> list[CocoImage]:
     return list(images.values())
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        # From bytes, json.loads finds out the encoding, with or without a byte order mark.
+        # Given bytes, json.loads detects the encoding, with or without a byte order mark.
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -277,8 +286,8 @@ def _read_json(path: Path) -> dict:
     return document
 
 
-def _records(path: Path, document: dict, key: str) -> Iterator[tuple[str, Any]]:
-    """(place for messages, record) of each entry of one of the document's lists."""
+def _records(path: Path, document: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+    """Yield each entry of one of the document's lists, after its place for messages."""
     records = document.get(key)
     if not isinstance(records, list):
         given = reprlib.repr(records) if key in document else f"only {', '.join(document) or '{}'}"
@@ -292,7 +301,7 @@ def _records(path: Path, document: dict, key: str) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _noted(problems: list[str] | None) -> Iterator[None]:
-    """Adds a ValueError's message to the problems, where they are wanted."""
+    """Add a ValueError's message to the problems, or raise it where there is no list."""
     try:
         yield
     except ValueError as error:
@@ -302,6 +311,7 @@ def _noted(problems: list[str] | None) -> Iterator[None]:
 
 
 def _get(record: Any, key: str, kind: type, where: str) -> Any:
+    """Return ``record[key]``, or raise ValueError where it is missing or of another type."""
     if not isinstance(record, dict) or key not in record:
         raise ValueError(
             f"{where} is {reprlib.repr(record)}, without {key!r}; add it or remove the entry"
@@ -315,7 +325,8 @@ def _get(record: Any, key: str, kind: type, where: str) -> Any:
     return record[key]
 
 
-def _new_id(record: dict, taken: dict[int, Any], where: str) -> int:
+def _new_id(record: dict[str, Any], taken: dict[int, Any], where: str) -> int:
+    """Return the id of a record, which must differ from those of the records before."""
     number = _get(record, "id", int, where)
     if number in taken:
         raise ValueError(f"{where}: the id {number} is taken; give every entry an id of its own")
@@ -323,6 +334,7 @@ def _new_id(record: dict, taken: dict[int, Any], where: str) -> int:
 
 
 def _look_up(known: dict[int, Any], record: Any, key: str, listed: str, where: str) -> Any:
+    """Return the entry of the list ``listed`` to whose id ``record[key]`` refers."""
     number = _get(record, key, int, where)
     if number not in known:
         raise ValueError(
@@ -332,7 +344,7 @@ def _look_up(known: dict[int, Any], record: Any, key: str, listed: str, where: s
     return known[number]
 
 
-def _read_object(record: dict, names: dict[int, str], where: str) -> dict:
+def _read_object(record: dict[str, Any], names: dict[int, str], where: str) -> dict[str, Any]:
     crowd = record.get("iscrowd", 0)
     if crowd not in (0, 1):
         raise ValueError(f"{where}: iscrowd is {reprlib.repr(crowd)}, expected 0 or 1; correct it")
@@ -343,9 +355,9 @@ def _read_object(record: dict, names: dict[int, str], where: str) -> dict:
     }
 
 
-def _read_box(bbox: list, where: str) -> list[float]:
-    """XYXY from x, y, width and height; as in VOC, a width or height of 0 is allowed."""
-    # The limit refuses NaN and infinity as well, and integers that no float can hold.
+def _read_box(bbox: list[Any], where: str) -> list[float]:
+    """Convert x, y, width and height to XYXY; as in VOC, a width or height of 0 is allowed."""
+    # The limit also refuses NaN, infinity and integers that are too large for a float.
     numbers = all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in bbox)
     if len(bbox) != 4 or not numbers or bbox[2] < 0 or bbox[3] < 0:
         raise ValueError(

@@ -1,13 +1,13 @@
-"""Image files of any kind, as a detector gets to see them.
+"""Image files: find them, read any kind as RGB, resize and normalize them for a detector.
 
-What a file shows is decided here once: upright, in RGB with 8 bits a channel, transparency on
-white; and so is what becomes of it on the way into the network: its size and the normalisation.
+Training, evaluation and prediction all read images here, so that a detector sees the same pixels
+everywhere::
 
-    from eecs598.data import find_images, normalized, read_image, resize_shorter_side, to_pixels
+    from eecs598.data import find_images, normalize, read_image, resize_shorter_side, to_pixels
 
     for path in find_images(["photos", "more/**/*.png"]):
         image = read_image(path)
-        pixels = normalized(resize_shorter_side(to_pixels(image), 224))  # (3, H, W)
+        pixels = normalize(resize_shorter_side(to_pixels(image), 224))  # (3, H, W)
 """
 
 from __future__ import annotations
@@ -33,47 +33,50 @@ __all__ = [
     "ImageFiles",
     "LoadedImage",
     "find_images",
-    "normalized",
+    "normalize",
     "read_image",
     "resize_shorter_side",
     "resized_size",
     "stored_size",
     "to_pixels",
+    "unnormalize",
 ]
 
 # Statistics of the images that the pretrained backbones were trained on.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# What is opened, whatever the name of the file says. Not all that Pillow knows: some formats are
-# programs (EPS is handed to Ghostscript), and files come from anywhere.
+# The formats that are opened, whatever the name of the file. Fewer than Pillow knows: some formats
+# are programs (Pillow hands EPS to Ghostscript), and the files may come from anyone.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-# A telephone writes it, Pillow can't read it: better named as unreadable than passed over.
+# What telephones write and Pillow can't read: an error that names the file is better than silence.
 _UNREADABLE_SUFFIXES = frozenset({".heic", ".heif"})
 
-# Longer side against shorter side. With the shorter one resized to 224 px, an image of 1 by 5,000
-# px would ask for more memory than there is.
+# Longer side / shorter side. With the shorter one resized to 224 pixels, an image of 1 x 5,000
+# pixels would need more memory than there is.
 MAX_ASPECT = 50
 
 # Pillow refuses images above 179 megapixels, since a small file can unpack to any size. It also
-# warns above 89, which is an ordinary photograph by now.
+# warns above 89, which ordinary photographs reach by now.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def find_images(sources: Sequence[str | os.PathLike]) -> list[Path]:
-    """The image files that are meant by files, folders and patterns.
+def find_images(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """List the image files that files, folders and patterns stand for.
 
-    A folder stands for the image files in it, sorted by name, without those in its subfolders; a
-    pattern such as ``photos/**/*.jpg`` for those that match it, ``**`` meaning any depth. Image
-    files are told by their suffix there, and names that begin with a dot are passed over. A file
-    is taken as it is. Whatever exists under the very name that is given is no pattern.
+    Args:
+        sources: a folder stands for the image files in it, sorted by name, without those in its
+            subfolders; a pattern such as ``photos/**/*.jpg`` for those that match it, ``**``
+            meaning any depth. In both, image files are recognized by their suffix, and names that
+            begin with a dot are left out. A file is taken as it is. A name under which there is
+            a file or a folder is never taken for a pattern.
 
     Returns:
         Every file once, in the order of the sources.
 
     Raises:
-        ValueError: a source that is not there, or that holds no image.
+        ValueError: a source does not exist or has no image.
     """
     found: dict[str, Path] = {}
     for source in sources:
@@ -110,18 +113,19 @@ def _suffixes() -> frozenset[str]:
 def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
     """Read a file as an RGB image with 8 bits a channel.
 
-    Transparent parts are laid on white. 16 bits are scaled by their full range, whatever part of
-    it the image uses; floating-point pixels by the range 0..1 or 0..255 that they lie in. Of an
-    animation it is the first frame. Colour profiles are not applied, neither to RGB nor to CMYK.
+    Transparent parts become white. Values of 16 bits are scaled by their full range, whatever part
+    of it the image uses; floating-point values from 0..1 or from 0..255, whichever range they lie
+    in. An animation gives its first frame. Color profiles are not applied, neither to RGB nor to
+    CMYK.
 
     Args:
         path: of the file.
-        upright: turn the image as its EXIF orientation says, as every viewer does. Boxes of a
-            data set may be those of the pixels as they are stored.
+        upright: turn the image as its EXIF orientation says, as every viewer does. The boxes of a
+            data set, however, are usually those of the pixels as they are stored.
 
     Raises:
-        ValueError: the file can't be read, the image is too large, or its pixels have no known
-            range. The message names the file and the reason.
+        ValueError: the file can't be read, the image is too large, or the range of its values is
+            not known. The message has the file and the reason.
     """
     with _opened(path) as image:
         image.load()
@@ -129,7 +133,7 @@ def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
 
 
 def stored_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Height and width of the pixels in an image file, of which only the head is read.
+    """Return height and width of an image file as stored, reading no more than its header.
 
     Raises:
         ValueError: as ``read_image``.
@@ -144,7 +148,7 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     try:
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             yield image
-    except Exception as error:  # damaged files raise whatever the decoder ran into
+    except Exception as error:  # on damaged files, decoders raise errors of any kind
         raise ValueError(f"{path} can't be read as an image: {_reason(path, error)}") from error
 
 
@@ -154,7 +158,7 @@ def _reason(path: str | os.PathLike, error: Exception) -> str:
             return "the file is empty."
         return f"it is in none of the formats {', '.join(FORMATS)}."
     if isinstance(error, Image.DecompressionBombError):
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         return f"it has more than {limit} megapixels, or claims so; make it smaller first."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}."
@@ -164,7 +168,7 @@ def _reason(path: str | os.PathLike, error: Exception) -> str:
 def _turned_upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data, which is no reason to give the pixels up
+    except Exception:  # broken EXIF data; the pixels may still be good
         return image
 
 
@@ -172,38 +176,43 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
-        if image.mode == "La":  # Pillow has no direct way
+        if image.mode == "La":  # Pillow has no direct conversion to RGBA
             image = image.convert("LA")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) of more than 8 bits, scaled to uint8."""
+    """Scale gray values ``(H, W)`` of more than 8 bits to uint8."""
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
-        scale = 255 if high <= 1 else 1
+        scale = 255.0 if high <= 1 else 1.0
         in_range = low >= 0 and high <= 255  # False for NaN
     else:
         scale = 255 / 65535
         in_range = low >= 0 and high <= 65535
     if not in_range:
         raise ValueError(
-            f"its pixels have values from {low:g} to {high:g}, and what is white among them is "
-            "not known; convert it to 8 or 16 bits first"
+            f"its pixels have values from {low:g} to {high:g}, and it is not known which value is "
+            "white; convert it to 8 or 16 bits first"
         )
     return (values * scale).round().astype(np.uint8)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as ``(3, H, W)`` uint8."""
+    """Return an RGB image as a ``(3, H, W)`` uint8 tensor."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Height and width with a shorter side of ``side`` pixels, in the same proportion."""
+    """Return height and width with a shorter side of ``side`` pixels, in the same proportion.
+
+    Example:
+        >>> resized_size(375, 500, 224)
+        (224, 298)
+    """
     shorter = min(height, width)
     return height * side // shorter, width * side // shorter
 
@@ -211,35 +220,54 @@ def resized_size(height: int, width: int, side: int) -> tuple[int, int]:
 def resize_shorter_side(pixels: Tensor, side: int) -> Tensor:
     """Resize an image ``(3, H, W)`` in uint8 so that its shorter side has ``side`` pixels.
 
-    Bilinear over the area that a pixel stands for, as Pillow does it; the values differ from
-    Pillow's by 1 of 255 at the most.
+    Bilinear with antialiasing, as Pillow does it; values differ from Pillow's by at most 1 of 255.
     """
+    height, width = pixels.shape[1:]
     # On uint8, PyTorch uses the processor's vector instructions; Pillow does not.
-    return TF.resize(pixels, list(resized_size(*pixels.shape[1:], side)), antialias=True)
+    return TF.resize(pixels, list(resized_size(height, width, side)), antialias=True)
 
 
 _SCALE = 1 / (255 * torch.tensor(IMAGENET_STD)[:, None, None])
 _SHIFT = -torch.tensor(IMAGENET_MEAN)[:, None, None] / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def normalized(pixels: Tensor) -> Tensor:
-    """An image ``(3, H, W)`` in uint8 as float32, normalised with ImageNet's mean and deviation."""
+def normalize(pixels: Tensor) -> Tensor:
+    """Normalize an image ``(3, H, W)`` in uint8 with ImageNet's mean and standard deviation.
+
+    Returns:
+        A new tensor in float32.
+    """
     values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return values.mul_(_SCALE).add_(_SHIFT)
 
 
+def unnormalize(images: Tensor) -> Tensor:
+    """Undo the normalization of ``(..., 3, H, W)`` images: return RGB values in [0, 1]."""
+    mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
+    std = images.new_tensor(IMAGENET_STD)[:, None, None]
+    return images * std + mean
+
+
 class LoadedImage(NamedTuple):
-    """One image file, or what is wrong with it."""
+    """One image file, ready for a detector, or the reason why it can't be read.
+
+    Attributes:
+        path: of the file.
+        pixels: ``(3, H, W)``, resized and normalized; None where the file can't be read.
+        width: of the upright original in pixels.
+        height: likewise.
+        error: the reason, None where the file could be read.
+    """
 
     path: Path
-    pixels: Tensor | None = None  # (3, H, W), resized and normalised
-    width: int = 0  # of the upright original
+    pixels: Tensor | None = None
+    width: int = 0
     height: int = 0
     error: str | None = None
 
 
-class ImageFiles(Dataset):
-    """Image files, prepared for a detector as in evaluation; a broken one ends nothing.
+class ImageFiles(Dataset[LoadedImage]):
+    """Image files, prepared for a detector as in evaluation; a broken file is no exception.
 
     Args:
         paths: of the files.
@@ -254,7 +282,7 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> LoadedImage:
-        """Load one file; where that fails, ``error`` says why, and ``pixels`` is None."""
+        """Load one file; where that fails, the result has an ``error`` and no ``pixels``."""
         path = self.paths[index]
         try:
             image = read_image(path)
@@ -264,7 +292,7 @@ class ImageFiles(Dataset):
                     f"{path} has {width} x {height} pixels, one side more than {MAX_ASPECT} times "
                     "as long as the other; cut it into pieces."
                 )
-            pixels = normalized(resize_shorter_side(to_pixels(image), self.image_size))
+            pixels = normalize(resize_shorter_side(to_pixels(image), self.image_size))
         except (ValueError, MemoryError) as error:
             return LoadedImage(path, error=str(error) or f"{path} does not fit into memory.")
         return LoadedImage(path, pixels, width, height)

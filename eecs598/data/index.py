@@ -1,9 +1,9 @@
-"""The one door for data, whichever way its annotations are written down.
+"""The index of a data set: load VOC or COCO data in one form.
 
-A data folder is COCO where an instances file is found (`coco.candidates` says where) and
-otherwise in VOC layout (`eecs598.data.voc`). Both give the same index.
+A data folder is COCO where an instances file is found (``coco.candidates`` says where) and
+otherwise in VOC layout (``eecs598.data.voc``). Both give the same index::
 
-    from eecs598.data.index import class_names, load_index
+    from eecs598.data import class_names, load_index
 
     classes = class_names("data/mine")
     image_path, objects = load_index("data/mine", "train")[0]
@@ -11,19 +11,26 @@ otherwise in VOC layout (`eecs598.data.voc`). Both give the same index.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from eecs598.data import coco, voc
 
-__all__ = ["class_names", "data_layout", "load_index"]
+__all__ = ["Instance", "class_names", "data_layout", "load_index", "load_instances"]
+
+# Image file, and its boxes (M, 5): x1, y1, x2, y2 in pixels of the file, class id.
+Instance = tuple[Path, Tensor]
 
 
 def data_layout(
-    root: str | Path, splits: Sequence[str] = ("train", "val")
+    root: str | os.PathLike[str], splits: Sequence[str] = ("train", "val")
 ) -> Literal["coco", "voc"]:
-    """The layout in which `root`, a folder or a COCO JSON file, has any of the splits.
+    """Return the layout in which ``root``, a folder or a COCO JSON file, has any of the splits.
 
     Raises:
         ValueError: it has none of them, or several COCO files for one split.
@@ -32,10 +39,10 @@ def data_layout(
         return "coco"
     if any(voc.has_split(root, split) for split in splits):
         return "voc"
-    raise ValueError(_nothing_there(root, splits))
+    raise ValueError(_no_data_message(root, splits))
 
 
-def _nothing_there(root: str | Path, splits: Sequence[str]) -> str:
+def _no_data_message(root: str | os.PathLike[str], splits: Sequence[str]) -> str:
     places = [str(path) for split in splits for path in coco.candidates(root, split)]
     message = f"no data in {root}. Looked for COCO instances as {', '.join(places)}: not there. "
     if Path(root).is_file():
@@ -47,25 +54,65 @@ def _nothing_there(root: str | Path, splits: Sequence[str]) -> str:
     return message
 
 
-def load_index(root: str | Path, split: str) -> list[tuple[Path, list[dict]]]:
-    """Loads one split, without difficult objects and crowd regions.
+def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Load one split, without difficult objects and crowd regions.
+
+    Args:
+        root: data folder, or a COCO JSON file.
+        split: ``"train"``, ``"val"`` or any other.
 
     Returns:
-        (absolute image path, `[{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]`) for each image,
-        boxes as floats in pixels.
+        For each image its absolute path and its objects, each
+        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file.
 
     Raises:
-        ValueError: there is no such split in either layout, or as the layout's own `load_index`.
+        ValueError: there is no such split in either layout, an annotation is broken, or image
+            files are missing.
     """
     layout = data_layout(root, (split,))
     return (coco if layout == "coco" else voc).load_index(root, split)
 
 
-def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Sorted names of all classes that occur in those of the `splits` that exist.
+def load_instances(
+    root: str | os.PathLike[str], split: str, classes: Sequence[str]
+) -> list[Instance]:
+    """Load one split as tensors.
+
+    Args:
+        root: data folder, or a COCO JSON file.
+        split: ``"train"``, ``"val"`` or any other.
+        classes: class names in the order of their ids.
+
+    Returns:
+        For each image its absolute path and its boxes ``(M, 5)`` in float32: x1, y1, x2, y2 in
+        pixels of the file, class id.
 
     Raises:
-        ValueError: none of the splits exists, none has an object, or as `load_index`.
+        ValueError: as ``load_index``, or the class of an object is not in ``classes``.
+    """
+    class_ids = {name: number for number, name in enumerate(classes)}
+    instances = []
+    for path, objects in load_index(root, split):
+        for item in objects:
+            if item["name"] not in class_ids:
+                raise ValueError(
+                    f"{path.name} has an object of class {item['name']!r}, which is not in the "
+                    f"list of classes {list(classes)}. Pass classes= with the names of the data."
+                )
+        rows = [[*item["xyxy"], class_ids[item["name"]]] for item in objects]
+        instances.append((path, torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)))
+    return instances
+
+
+def class_names(
+    root: str | os.PathLike[str], splits: Sequence[str] = ("train", "val")
+) -> list[str]:
+    """Return the sorted names of all classes that occur in those of the ``splits`` that exist.
+
+    Difficult objects and crowd regions count, too.
+
+    Raises:
+        ValueError: none of the splits exists, none has an object, or as ``load_index``.
     """
     layout = data_layout(root, splits)
     return (coco if layout == "coco" else voc).class_names(root, splits)

@@ -1,14 +1,14 @@
-"""Which images go into which training batch, so that a training can go on where it stopped.
+"""The training sampler: which images make up which batch, repeatable from any iteration on.
 
 The usual shuffling loader forgets its place when the process ends. Here the images of batch k
-follow from the seed and k alone, and so do the random numbers of their augmentation: there is no
-state to save beside the number of iterations done.
+follow from the seed and k alone, and so do the random numbers of their augmentation: to resume, it
+is enough to know the number of iterations done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -16,30 +16,47 @@ from torch.utils.data import Sampler
 __all__ = ["Sample", "TrainingSampler"]
 
 
-class Sample(NamedTuple):
-    """What a data set needs to make one training image."""
+@dataclass(frozen=True)
+class Sample:
+    """What ``TrainingSet`` needs to know to make one training image.
+
+    Attributes:
+        index: of the image in the data set.
+        seed: of the augmentation.
+        image_size: side of the result in pixels, the same for a whole batch; None for the usual
+            one.
+    """
 
     index: int
-    seed: int  # of the augmentation
-    side: int | None  # of the image in pixels, one for the whole batch; None for the usual one
+    seed: int
+    image_size: int | None
 
 
 class TrainingSampler(Sampler[list[Sample]]):
-    """Batches for iterations ``start`` to ``stop``: every image once an epoch, in random order.
+    """Batches for iterations ``start`` to ``stop``: every image once per epoch, in random order.
 
     Epochs follow each other without a gap, so a batch may span two of them and all batches are
     full.
 
     Args:
         num_images: size of the data set.
-        batch_size: images of one batch of this process.
-        stop: iterations of the whole training.
-        start: iterations that are done already.
+        batch_size: images per batch of this process.
+        stop: number of iterations of the whole training run.
+        start: number of iterations that are already done.
         seed: of the order and of the augmentation.
-        sides: sizes in pixels of which each batch gets one at random.
+        image_sizes: sizes in pixels of which each batch gets one at random; without any, batches
+            have the usual size.
         rank: number of this process.
-        num_processes: processes that share the work. Together they see the images that one
-            process with ``num_processes * batch_size`` images a batch would see.
+        num_processes: processes that share the work. Together they see the images that a single
+            process with ``num_processes * batch_size`` images per batch would see.
+
+    Raises:
+        ValueError: ``num_images`` is 0.
+
+    Example:
+        >>> batches = list(TrainingSampler(num_images=4, batch_size=2, stop=2))
+        >>> sorted(sample.index for batch in batches for sample in batch)
+        [0, 1, 2, 3]
     """
 
     def __init__(
@@ -50,7 +67,7 @@ class TrainingSampler(Sampler[list[Sample]]):
         *,
         start: int = 0,
         seed: int = 0,
-        sides: Sequence[int] = (),
+        image_sizes: Sequence[int] = (),
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -60,18 +77,19 @@ class TrainingSampler(Sampler[list[Sample]]):
         self.batch_size = batch_size
         self.start, self.stop = start, stop
         self.seed = seed
-        self.sides = tuple(sides)
+        self.image_sizes = tuple(image_sizes)
         self.rank, self.num_processes = rank, num_processes
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        epoch, order = -1, np.empty(0)
+        epoch, order = -1, np.arange(0)
         for iteration in range(self.start, self.stop):
-            side = None
-            if self.sides:  # from the iteration alone, so that all processes choose the same
-                side = self.sides[self._rng(1, iteration).integers(len(self.sides))]
+            image_size = None
+            if self.image_sizes:  # from the iteration alone, so that all processes choose the same
+                choice = self._rng(1, iteration).integers(len(self.image_sizes))
+                image_size = self.image_sizes[choice]
             batch = []
             first = (iteration * self.num_processes + self.rank) * self.batch_size
             for position in range(first, first + self.batch_size):
@@ -79,9 +97,9 @@ class TrainingSampler(Sampler[list[Sample]]):
                     epoch = position // self.num_images
                     order = self._rng(0, epoch).permutation(self.num_images)
                 seed = int(self._rng(2, position).integers(2**31))
-                batch.append(Sample(int(order[position % self.num_images]), seed, side))
+                batch.append(Sample(int(order[position % self.num_images]), seed, image_size))
             yield batch
 
     def _rng(self, stream: int, number: int) -> np.random.Generator:
-        """Random numbers for one purpose at one point of the training."""
+        """Return the generator of one purpose (``stream``) at one point of the training run."""
         return np.random.default_rng([self.seed, stream, number])

@@ -1,8 +1,7 @@
-"""A small detection data set that the program draws itself: no download, no photographs.
+"""The generated data set: eight classes of drawn objects, in the layout of the VOC devkit.
 
-Eight kinds of object, told apart by shape, texture and colour together, lie on calm muted
-backgrounds. The files have the layout of the PASCAL VOC devkit, so they go through the very same
-code as VOC 2007:
+It needs no download, and its classes differ in shape, texture and color. As the files have the
+layout of the devkit, they are read by the same code as VOC 2007::
 
     FOLDER/JPEGImages/train_00000.jpg
     FOLDER/Annotations/train_00000.xml
@@ -11,7 +10,7 @@ code as VOC 2007:
 
 Boxes follow the devkit: whole numbers, the first and the last pixel of the object's visible part,
 both inclusive, counted from 1. Each image has a random generator of its own, so image k of a split
-is the same however many there are.
+does not depend on the number of images::
 
     from eecs598.data.shapes import draw_image, write_shapes
 
@@ -30,26 +29,27 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-# Raise this whenever the drawings change, so that a folder made by older code is not reused.
+# To be increased whenever the drawings change, so that a folder made by older code is not reused.
 VERSION = 1
 
 SHORT_SIDE = 160
 LONG_SIDE = 220
 
-# Longer side of an object in pixels and how often it is asked for, log-uniform within a band. The
-# limits 64 and 128 are those between the FCOS levels p3, p4 and p5 (strides 8, 16 and 32); below,
-# bands of their own for the small sizes, so that there are some but not many.
+# Longer side of an object in pixels and the weight of each band; within a band, sizes are
+# log-uniform. The limits 64 and 128 are those between the FCOS levels p3, p4 and p5 (strides 8, 16
+# and 32). The small sizes have bands of their own, so that there are some but not many.
 _SIZE_BANDS = ((13, 24), (24, 40), (40, 64), (64, 128), (128, 220))
 _BAND_WEIGHTS = (2, 8, 26, 40, 24)
 _COUNT_WEIGHTS = (1, 2, 4, 5, 5, 5, 4, 3)  # for 1, 2, ... 8 objects
 
-# The visible share of its silhouette that an object keeps, and that the few crowded ones keep; the
-# share of it that may lie on other objects, and how often there is no such limit.
+# Share of its silhouette that stays visible of an object, and of the few crowded ones; share of an
+# object that may cover others, and how often there is no such limit.
 _CLEAR, _CROWDED, _CROWDED_SHARE = 0.6, 0.15, 0.12
 _COVER, _COVERING_SHARE = 0.1, 0.2
 _OVERHANG, _OVERHANG_SHARE = 0.4, 0.15  # how far over the border, and how often
@@ -57,49 +57,49 @@ _MIN_LONG, _MIN_SHORT = 12, 6  # sides of the smallest box, in pixels
 _DIFFICULT, _TINY = 0.35, 15  # below this visible share, or this longer side: difficult
 _TRIES = 12
 
-_Colour = tuple[float, float, float]  # hue in degrees, saturation and value in 0..1
+_Color = tuple[float, float, float]  # hue in degrees, saturation and value in 0..1
 _Points = Sequence[tuple[float, float]]
 _Rect = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class _Canvas:
-    """Colours and silhouette of one object, drawn in coordinates from 0 to 1.
+    """Draw one object, colors and silhouette, in coordinates from 0 to 1.
 
-    Whatever is drawn with `solid=True` belongs to the silhouette; the rest is texture and shows
+    Whatever is drawn with ``solid=True`` belongs to the silhouette; the rest is texture, visible
     only inside it. Line widths and corner radii are shares of the shorter side.
     """
 
     MARGIN = 4  # pixels around the object, so that its outermost edges are antialiased too
 
-    def __init__(self, width: int, height: int, edge: _Colour, hue: float, gain: float) -> None:
+    def __init__(self, width: int, height: int, edge: _Color, hue: float, gain: float) -> None:
         self.size, self.hue, self.gain = (width, height), hue, gain
-        # Antialiased edges mix with what lies outside: a dark colour there makes a fine outline.
+        # Antialiased edges mix with the color outside: a dark one makes a fine outline.
         self.edge = self._rgb(edge)
         room = (width + 2 * self.MARGIN, height + 2 * self.MARGIN)
         self.paint, self.mask = Image.new("RGB", room, self.edge), Image.new("L", room)
         self._on_paint, self._on_mask = ImageDraw.Draw(self.paint), ImageDraw.Draw(self.mask)
 
-    def polygon(self, points: _Points, colour: _Colour, solid: bool = False) -> None:
-        self._on_paint.polygon(self._pixels(points), self._rgb(colour))
+    def polygon(self, points: _Points, color: _Color, solid: bool = False) -> None:
+        self._on_paint.polygon(self._pixels(points), self._rgb(color))
         if solid:
             self._on_mask.polygon(self._pixels(points), 255)
 
-    def ellipse(self, rect: _Rect, colour: _Colour, solid: bool = False) -> None:
-        self._on_paint.ellipse(self._corners(rect), self._rgb(colour))
+    def ellipse(self, rect: _Rect, color: _Color, solid: bool = False) -> None:
+        self._on_paint.ellipse(self._corners(rect), self._rgb(color))
         if solid:
             self._on_mask.ellipse(self._corners(rect), 255)
 
-    def panel(self, rect: _Rect, colour: _Colour, solid: bool = False, radius: float = 0) -> None:
+    def panel(self, rect: _Rect, color: _Color, solid: bool = False, radius: float = 0) -> None:
         corners, pixels = self._corners(rect), radius * min(self.size)
-        self._on_paint.rounded_rectangle(corners, pixels, self._rgb(colour))
+        self._on_paint.rounded_rectangle(corners, pixels, self._rgb(color))
         if solid:
             self._on_mask.rounded_rectangle(corners, pixels, 255)
 
-    def line(self, points: _Points, colour: _Colour, width: float) -> None:
-        self._on_paint.line(self._pixels(points), self._rgb(colour), self._width(width))
+    def line(self, points: _Points, color: _Color, width: float) -> None:
+        self._on_paint.line(self._pixels(points), self._rgb(color), self._width(width))
 
-    def _rgb(self, colour: _Colour) -> tuple[int, ...]:
-        hue, saturation, value = colour
+    def _rgb(self, color: _Color) -> tuple[int, ...]:
+        hue, saturation, value = color
         turned = (hue + self.hue) / 360 % 1
         channels = colorsys.hsv_to_rgb(turned, saturation, min(1.0, value * self.gain))
         return tuple(round(255 * channel) for channel in channels)
@@ -147,7 +147,7 @@ def _fish(c: _Canvas) -> None:
     c.polygon([(0.6, 0.5), (1, 0.06), (0.9, 0.5), (1, 0.94)], dark, solid=True)
     c.polygon([(0.25, 0.2), (0.5, 0), (0.62, 0.25)], dark, solid=True)
     c.ellipse((0, 0.1, 0.8, 0.94), body, solid=True)
-    for column in range(4):  # scales, from the tail on: each covers the edge of the one behind it
+    for column in range(4):  # scales, from the tail on: each covers the edge of the one before
         for row in range(6):
             x, y = 0.68 - 0.12 * column, 0.04 + 0.15 * row - 0.075 * (column % 2)
             c.ellipse((x - 0.09, y, x + 0.09, y + 0.19), dark)
@@ -161,13 +161,13 @@ def _flower(c: _Canvas) -> None:
     pale, deep = (300, 0.45, 1), (306, 0.85, 0.75)
     for k in range(7):
         cos, sin = math.cos(2 * math.pi * k / 7), math.sin(2 * math.pi * k / 7)
-        for reach, spread, colour in ((0.24, 0.165, pale), (0.19, 0.05, deep)):
+        for reach, spread, color in ((0.24, 0.165, pale), (0.19, 0.05, deep)):
             petal = []
             for step in range(20):
                 turn = 2 * math.pi * step / 20
                 u, v = 0.26 + reach * math.cos(turn), spread * math.sin(turn)
                 petal.append((0.5 + u * cos - v * sin, 0.5 + u * sin + v * cos))
-            c.polygon(petal, colour, solid=True)
+            c.polygon(petal, color, solid=True)
     c.ellipse((0.34, 0.34, 0.66, 0.66), (46, 0.9, 0.98))
     for x, y in ((0.43, 0.44), (0.57, 0.44), (0.5, 0.5), (0.43, 0.57), (0.57, 0.57)):
         c.ellipse((x - 0.03, y - 0.03, x + 0.03, y + 0.03), (26, 0.9, 0.7))
@@ -216,7 +216,7 @@ def _tree(c: _Canvas) -> None:
 @dataclass(frozen=True)
 class _Kind:
     draw: Callable[[_Canvas], None]
-    edge: _Colour
+    edge: _Color
     aspect: float  # width / height
     tilt: float  # largest rotation either way, in degrees
 
@@ -242,7 +242,7 @@ _FALL = Image.linear_gradient("L").resize((1, 32)).point([255 - v // 5 for v in 
 
 @dataclass
 class _Sprite:
-    """One object as it goes onto the picture, its upper left corner at (x, y)."""
+    """One object of a picture, its upper left corner at (x, y)."""
 
     name: str
     paint: Image.Image
@@ -273,12 +273,12 @@ def _make_sprite(rng: random.Random, name: str, size: float) -> _Sprite:
 def _turned(
     image: Image.Image, angle: float, mirror: bool, fill: int | tuple[int, ...]
 ) -> Image.Image:
-    """Rotates (radians), mirrors and halves the size, in one pass."""
+    """Rotate by ``angle`` (radians), mirror and halve the size, in one pass."""
     cos, sin = 2 * math.cos(angle), 2 * math.sin(angle)
     width = math.ceil((image.width * abs(cos) + image.height * abs(sin)) / 4)
     height = math.ceil((image.width * abs(sin) + image.height * abs(cos)) / 4)
     sign = -1 if mirror else 1
-    # Where the centre of an output pixel lies in `image`; the two centres fall together.
+    # Map output pixels to ``image``; the centers of both are the same point.
     a, b, d, e = sign * cos, sign * sin, -sin, cos
     c = (image.width - a * width - b * height) / 2
     f = (image.height - d * width - e * height) / 2
@@ -294,7 +294,7 @@ def _turned(
 def _lit(
     paint: Image.Image, mask: Image.Image, size: float
 ) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Light from above and a darker rim; returns paint, mask and the mask of a soft shadow."""
+    """Add light from above and a darker rim; return paint, mask and the mask of a soft shadow."""
     soft = mask.filter(ImageFilter.BoxBlur(max(1.0, 0.035 * size)))
     shade = ImageChops.multiply(
         soft.point(_RIM), _FALL.resize(mask.size, Image.Resampling.BILINEAR)
@@ -304,10 +304,10 @@ def _lit(
 
 
 def _offset(rng: random.Random, frame: int, side: int, overhang: float) -> int:
-    """Uniform over the places where the object lies in the frame, or covers it from edge to edge.
+    """Draw the offset of an object inside the frame, or of one that covers the whole frame.
 
-    `overhang` adds a share of the object on either side. Each axis has a draw of its own, so that
-    where an object lies says nothing about its mirror image across the diagonal.
+    Uniform; ``overhang`` extends the range by a share of the object on either side. Each axis is
+    drawn separately, so that nothing favors the place mirrored across the diagonal.
     """
     low, high = sorted((0, frame - side))
     extra = overhang * min(frame, side)
@@ -315,7 +315,7 @@ def _offset(rng: random.Random, frame: int, side: int, overhang: float) -> int:
 
 
 def _in_frame(owner: np.ndarray, sprite: _Sprite) -> tuple[np.ndarray, np.ndarray]:
-    """The part of `owner` (H, W) under the sprite, a view, and of the silhouette in the frame."""
+    """Return the view of ``owner`` (H, W) under the sprite and the silhouette in the frame."""
     height, width = owner.shape
     left, top = max(0, -sprite.x), max(0, -sprite.y)
     seen = sprite.silhouette[top : height - sprite.y, left : width - sprite.x]
@@ -324,18 +324,18 @@ def _in_frame(owner: np.ndarray, sprite: _Sprite) -> tuple[np.ndarray, np.ndarra
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """First and last column and row of a mask (h, w), counted from 1: x1, y1, x2, y2."""
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return tuple(int(v) + 1 for v in (columns[0], rows[0], columns[-1], rows[-1]))
+    """Return x1, y1, x2, y2: first and last column and row of a mask (h, w), counted from 1."""
+    columns, rows = np.flatnonzero(mask.any(0)) + 1, np.flatnonzero(mask.any(1)) + 1
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
 def _stamped(
     owner: np.ndarray, sprites: list[_Sprite], sprite: _Sprite, least: float, cover: float
 ) -> np.ndarray | None:
-    """`owner` with one more sprite on top, or None where it may not lie.
+    """Put one more sprite on top of ``owner`` (H, W), or return None where it is not allowed there.
 
-    It and all that it covers keep the share `least` of their silhouettes, and at most the share
-    `cover` of its own lies on others.
+    The sprite and those below it must keep the share ``least`` of their silhouettes, and at most
+    the share ``cover`` of the sprite may cover others.
     """
     under, seen = _in_frame(owner, sprite)
     covered = np.bincount(under[seen], minlength=len(sprites) + 1)
@@ -357,15 +357,15 @@ def _stamped(
 
 
 def _arrange(rng: random.Random, width: int, height: int) -> tuple[list[_Sprite], np.ndarray]:
-    """Chooses and places the objects of one picture.
+    """Choose and place the objects of one picture.
 
-    Returns them in drawing order, and for each pixel (height, width) the number, from 1, of the
-    object seen there, 0 for the background.
+    Return them in drawing order, and for each pixel (height, width) the number, from 1, of the
+    object that is visible there, 0 for the background.
     """
     count = rng.choices(range(1, len(_COUNT_WEIGHTS) + 1), _COUNT_WEIGHTS)[0]
     bands = rng.choices(_SIZE_BANDS, _BAND_WEIGHTS, k=count)
     sizes = [math.exp(rng.uniform(math.log(low), math.log(high))) for low, high in bands]
-    # Mostly from large to small, so that the large ones need not hide the small ones.
+    # Mostly from large to small, so that large objects do not hide small ones.
     sizes.sort(key=lambda size: -size * rng.uniform(0.6, 1.6))
     sprites: list[_Sprite] = []
     owner = np.zeros((height, width), np.uint8)
@@ -382,12 +382,12 @@ def _arrange(rng: random.Random, width: int, height: int) -> tuple[list[_Sprite]
                 sprites.append(sprite)
                 owner = trial
                 break
-    # No object found a place: very rare, and the generator has moved on, so this ends.
+    # No object found a place: very rare. The generator has moved on, so the next try differs.
     return (sprites, owner) if sprites else _arrange(rng, width, height)
 
 
 def _background(rng: random.Random, width: int, height: int) -> Image.Image:
-    """A gradient between muted colours, with large soft patches and a few faint blobs."""
+    """Draw a gradient between muted colors, with large soft patches and a few faint blobs."""
     hue, value = rng.random(), rng.uniform(0.45, 0.8)
 
     def muted(spread: float) -> tuple[int, ...]:
@@ -412,7 +412,7 @@ def _background(rng: random.Random, width: int, height: int) -> Image.Image:
     return canvas
 
 
-def _describe(owner: np.ndarray, number: int, sprite: _Sprite) -> dict:
+def _describe(owner: np.ndarray, number: int, sprite: _Sprite) -> dict[str, Any]:
     visible = owner == number
     x1, y1, x2, y2 = _box(visible)
     tiny = max(x2 - x1, y2 - y1) + 1 < _TINY
@@ -424,17 +424,23 @@ def _describe(owner: np.ndarray, number: int, sprite: _Sprite) -> dict:
     }
 
 
-def draw_image(seed: int, split: str, index: int) -> tuple[Image.Image, list[dict]]:
-    """Draws image `index` of a split; the same arguments always give the same picture.
+def draw_image(seed: int, split: str, index: int) -> tuple[Image.Image, list[dict[str, Any]]]:
+    """Draw image ``index`` of a split; the same arguments always give the same picture.
 
-    Returns the RGB image, its shorter side 160 px and the other up to 220 px, and its objects, a
-    dict each:
+    Returns:
+        The RGB image, its shorter side 160 pixels and the other up to 220, and a dict for each of
+        its objects:
 
-    - `name`: one of `CLASSES`;
-    - `xyxy`: (x1, y1, x2, y2), whole numbers, first and last pixel of the visible part, both
-      inclusive and counted from 1, exactly as they stand in the XML;
-    - `truncated`: part of the object lies outside the frame;
-    - `difficult`: little of the object is seen, or it is tiny.
+        - ``name``: one of ``CLASSES``;
+        - ``xyxy``: (x1, y1, x2, y2), whole numbers: first and last pixel of the visible part, both
+          inclusive and counted from 1, as in the XML;
+        - ``truncated``: whether part of the object is outside the frame;
+        - ``difficult``: whether little of the object is visible, or it is tiny.
+
+    Example:
+        >>> image, objects = draw_image(seed=0, split="val", index=3)
+        >>> min(image.size)
+        160
     """
     rng = random.Random(f"{seed}-{split}-{index}")
     width, height = SHORT_SIDE, rng.randint(SHORT_SIDE, LONG_SIDE)
@@ -449,7 +455,9 @@ def draw_image(seed: int, split: str, index: int) -> tuple[Image.Image, list[dic
     return canvas, [_describe(owner, number, sprite) for number, sprite in enumerate(sprites, 1)]
 
 
-def _annotation(file_name: str, image: Image.Image, objects: list[dict]) -> ElementTree.ElementTree:
+def _annotation(
+    file_name: str, image: Image.Image, objects: list[dict[str, Any]]
+) -> ElementTree.ElementTree:
     root = ElementTree.Element("annotation")
 
     def add(parent: ElementTree.Element, tag: str, value: object) -> None:
@@ -474,7 +482,7 @@ def _annotation(file_name: str, image: Image.Image, objects: list[dict]) -> Elem
     return ElementTree.ElementTree(root)
 
 
-def _write_set(root: Path, settings: dict) -> None:
+def _write_set(root: Path, settings: dict[str, int]) -> None:
     pictures, annotations = root / "JPEGImages", root / "Annotations"
     lists = root / "ImageSets" / "Main"
     for folder in (pictures, annotations, lists):
@@ -493,10 +501,10 @@ def _write_set(root: Path, settings: dict) -> None:
     (root / "shapes.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _holds(folder: Path, settings: dict) -> bool:
-    """Whether `folder` is a finished set made with `settings`; ValueError if it is anything else.
+def _has_set(folder: Path, settings: dict[str, int]) -> bool:
+    """Return whether ``folder`` is a finished set made with ``settings``.
 
-    False stands for a folder that is missing or empty.
+    False for a folder that is missing or empty; ValueError for one with any other content.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -517,21 +525,41 @@ def _holds(folder: Path, settings: dict) -> bool:
     return True
 
 
-def write_shapes(
-    folder: str | os.PathLike, *, num_train: int = 800, num_val: int = 200, seed: int = 0
-) -> Path:
-    """Writes the data set to `folder` in VOC devkit layout and returns the folder's full path.
+def shapes_folder() -> Path:
+    """Return where the generated set of default size is kept: in the user's cache folder.
 
-    The set appears at once and whole: it is written beside its target and renamed. A folder that
-    holds this very set is left as it is; ValueError for a folder that holds anything else, of
-    which nothing is deleted, and for counts below 1.
+    The folder need not exist yet; ``write_shapes(shapes_folder())`` draws the set on first use.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "eecs598-fcos" / "shapes"
+
+
+def write_shapes(
+    folder: str | os.PathLike[str], *, num_train: int = 800, num_val: int = 200, seed: int = 0
+) -> Path:
+    """Draw the data set and write it to ``folder``, in the layout of the VOC devkit.
+
+    The set is written beside its target and renamed, so that the folder is whole from the start. A
+    folder that has the same set already is left as it is.
+
+    Args:
+        folder: to write to.
+        num_train: number of training images.
+        num_val: number of validation images.
+        seed: of the drawings.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        ValueError: the folder has any other content, which is left alone, or a number is below 1.
     """
     for name, count in (("num_train", num_train), ("num_val", num_val)):
         if count < 1:
             raise ValueError(f"{name} is {count}, expected at least 1 image in each split")
     settings = {"version": VERSION, "seed": seed, "num_train": num_train, "num_val": num_val}
     folder = Path(folder).absolute()
-    if _holds(folder, settings):
+    if _has_set(folder, settings):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
@@ -542,7 +570,7 @@ def write_shapes(
                 folder.rmdir()  # it is empty, and not every system renames onto a folder
             os.replace(root, folder)
         except OSError:
-            # Another process may have published the same set in the meantime.
-            if not _holds(folder, settings):
+            # Another process may have written the same set in the meantime.
+            if not _has_set(folder, settings):
                 raise
     return folder

@@ -1,15 +1,14 @@
-"""The PASCAL VOC devkit: download, verify, index.
+"""PASCAL VOC: read data in the devkit's layout into an index.
 
 Data set: Everingham et al., "The PASCAL Visual Object Classes Challenge 2007",
 http://host.robots.ox.ac.uk/pascal/VOC/voc2007/. An index is the course's own structure,
-`[[path, [{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]], ...]`, boxes in pixels of the image
-file, paths beginning with `./here/` and relative to the data folder. It is read from
-`voc07_{split}.json` or rebuilt from the devkit's XML: on VOC 2007 both hold the same, the
+``[[path, [{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]], ...]``, boxes in pixels of the image
+file, paths beginning with ``./here/`` and relative to the data folder. It is read from
+``voc07_{split}.json`` or rebuilt from the devkit's XML: on VOC 2007 both hold the same, the
 objects that are not marked difficult.
 
-    from eecs598.data.voc import download_voc2007, load_index
+    from eecs598.data.voc import load_index
 
-    download_voc2007("data")
     image_path, objects = load_index("data", "train")[0]
 
 Any folder in the devkit's layout is read in the same way.
@@ -17,25 +16,15 @@ Any folder in the devkit's layout is read in the same way.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
 import reprlib
-import shutil
-import socket
-import tarfile
-import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException
-from pathlib import Path, PurePosixPath, PureWindowsPath
-
-import wget
-from tqdm.auto import tqdm
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 VOC2007_CLASSES: tuple[str, ...] = (
     "aeroplane",
@@ -60,214 +49,10 @@ VOC2007_CLASSES: tuple[str, ...] = (
     "tvmonitor",
 )
 
-ARCHIVE_NAME = "VOCtrainval_06-Nov-2007.tar"
-ARCHIVE_MD5 = "c52e279531787c972589f7e41ab4ae64"
-ARCHIVE_SOURCES: tuple[str, ...] = (
-    "https://web.eecs.umich.edu/~justincj/data/VOCtrainval_06-Nov-2007.tar",
-    "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/VOCtrainval_06-Nov-2007.tar",
-)
-RETRY_PAUSE = 2.0  # seconds between two tries of one source
-
-_REQUIRED_FOLDERS = ("Annotations", "ImageSets/Main", "JPEGImages")
+REQUIRED_FOLDERS = ("Annotations", "ImageSets/Main", "JPEGImages")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _INDEX_ROOT = "./here/"
 _BOX_FIELDS = ("xmin", "ymin", "xmax", "ymax")
-
-
-# ---------------------------------------------------------------------------------------
-# Download
-# ---------------------------------------------------------------------------------------
-
-
-def download_voc2007(
-    root: str | Path,
-    *,
-    sources: Sequence[str] = ARCHIVE_SOURCES,
-    md5: str = ARCHIVE_MD5,
-    timeout: float = 30.0,
-    retries: int = 3,
-) -> Path:
-    """Puts the VOC 2007 train and val devkit into `root` and returns its folder.
-
-    A devkit that is already there is returned at once, without any network access. An archive
-    named `ARCHIVE_NAME` in `root` with the right MD5 is used in place of a download and kept;
-    a downloaded archive is removed once it is extracted. Everything is prepared in a staging
-    folder inside `root` and renamed into place as the last step, so `VOCdevkit/VOC2007` is
-    either whole or absent, and a failure leaves nothing behind.
-
-    Args:
-        root: data folder, made if it does not exist.
-        sources: URLs of the archive, tried in this order.
-        md5: hexadecimal MD5 of the archive.
-        timeout: seconds without a byte from the server after which a try has failed. It is the
-            default of new sockets in the whole process while a transfer runs.
-        retries: tries for each source.
-
-    Returns:
-        `root/VOCdevkit/VOC2007`.
-
-    Raises:
-        ValueError: an argument is out of range, `root/VOCdevkit/VOC2007` exists and is
-            incomplete, or the archive is not a whole VOC 2007 devkit.
-        RuntimeError: no source gave the archive; the message has the reason for each.
-    """
-    if timeout <= 0 or retries < 1:
-        raise ValueError(
-            f"timeout is {timeout} and retries is {retries}; expected timeout > 0 seconds and "
-            "retries >= 1"
-        )
-    root = Path(root)
-    devkit = root / "VOCdevkit"
-    target = devkit / "VOC2007"
-    for folder in (root, devkit, target):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; expected a folder. Move it or choose another")
-    if target.exists():
-        _check_complete(target)
-        return target
-
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".voc2007-", dir=root) as staging_name:
-        staging = Path(staging_name)
-        archive = _find_or_download(root, staging, sources, md5, timeout, retries)
-        extract_archive(archive, staging / "extracted")
-        extracted = staging / "extracted" / "VOCdevkit" / "VOC2007"
-        missing = _missing_folders(extracted)
-        if missing:
-            raise ValueError(
-                f"{archive.name} has no {', '.join(missing)} in VOCdevkit/VOC2007; expected "
-                f"the VOC 2007 devkit with {', '.join(_REQUIRED_FOLDERS)}"
-            )
-        devkit.mkdir(exist_ok=True)
-        try:
-            os.rename(extracted, target)
-        except OSError:
-            # Another process may have published the same devkit in the meantime.
-            if _missing_folders(target):
-                raise
-    return target
-
-
-def verify_md5(path: str | Path, md5: str) -> None:
-    """Raises ValueError unless the file's MD5 is the hexadecimal `md5`."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != md5.lower():
-        raise ValueError(
-            f"{Path(path).name} has MD5 {digest.hexdigest()}, expected {md5}: it is truncated or "
-            "another file. Download it again"
-        )
-
-
-def extract_archive(archive: str | Path, destination: str | Path) -> None:
-    """Extracts an uncompressed tar archive of files and folders into `destination`.
-
-    Raises:
-        ValueError: the archive is truncated or no tar archive, or a member is a link or a
-            device, or has a path that leaves `destination`. Nothing is written outside
-            `destination`; members before the refused one may already be inside.
-    """
-    member = None
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                _check_member(member)
-                tar.extract(member, destination, filter="data")
-    except tarfile.TarError as error:
-        place = f"member {member.name!r}" if member else "its beginning"
-        raise ValueError(
-            f"cannot extract {archive}, at {place}: {error}. Expected a whole tar archive whose "
-            "files and folders all stay in the folder it is extracted to; download it again"
-        ) from error
-    if not _has_end_mark(archive):
-        last = f"after member {member.name!r}" if member else "at its beginning"
-        raise ValueError(
-            f"{archive} ends {last} without the end mark of a tar archive: it is truncated. "
-            "Download it again"
-        )
-
-
-def _check_member(member: tarfile.TarInfo) -> None:
-    """Refuses what the `data` filter would rename (absolute paths) or allow (links)."""
-    if PurePosixPath(member.name).is_absolute() or PureWindowsPath(member.name).is_absolute():
-        raise tarfile.TarError("it has an absolute path")
-    if not (member.isfile() or member.isdir()):
-        raise tarfile.TarError("it is a link or a device")
-
-
-def _has_end_mark(archive: str | Path) -> bool:
-    """Whether two zero blocks close the archive; `tarfile` takes any cut between members."""
-    with open(archive, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1024))
-        return not any(file.read())
-
-
-def _find_or_download(
-    root: Path, staging: Path, sources: Sequence[str], md5: str, timeout: float, retries: int
-) -> Path:
-    """The user's own archive in `root` when it is whole, otherwise a download in `staging`."""
-    failures = []
-    own = root / ARCHIVE_NAME
-    if own.is_file():
-        try:
-            verify_md5(own, md5)
-            return own
-        except ValueError as error:
-            failures.append(f"{own}: {error}")
-
-    archive = staging / ARCHIVE_NAME
-    for url in sources:
-        for attempt in range(retries):
-            if attempt:
-                time.sleep(RETRY_PAUSE)
-            try:
-                _transfer(url, archive, timeout)
-                verify_md5(archive, md5)
-                return archive
-            except (OSError, HTTPException, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                _empty_folder(staging)
-        failures.append(f"{url}: {reason} (tried {retries} times)")
-    raise RuntimeError(
-        "could not download the VOC 2007 archive:\n"
-        + "".join(f"  - {failure}\n" for failure in failures or ["no source was given"])
-        + f"By hand: download {ARCHIVE_NAME} (MD5 {md5}) with a browser, extract it, and put its "
-        f"VOCdevkit/ folder into {root}, or put the archive itself there and try again."
-    )
-
-
-def _transfer(url: str, target: Path, timeout: float) -> None:
-    """Downloads `url` to `target` with a progress bar; a stall raises TimeoutError."""
-    with tqdm(desc=target.name, unit="B", unit_scale=True, unit_divisor=1024) as progress:
-
-        def bar(current: int, total: int, width: int) -> None:
-            if total > 0:  # -1 when the server does not tell the length
-                progress.total = total
-                progress.update(current - progress.n)
-
-        with _socket_timeout(timeout):
-            # With a folder in `out`, wget's temporary file lies there too and not in the
-            # current directory.
-            wget.download(url, out=str(target), bar=bar)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """wget has no timeout of its own, but urllib beneath it uses the default of sockets."""
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(previous)
-
-
-def _empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
 
 
 # ---------------------------------------------------------------------------------------
@@ -275,14 +60,14 @@ def _empty_folder(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def find_voc_folder(root: str | Path) -> Path:
-    """The folder with `Annotations`, `ImageSets/Main` and `JPEGImages`.
+def find_voc_folder(root: str | os.PathLike[str]) -> Path:
+    """Find the folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
 
-    It is `root` itself, `root/VOC2007`, `root/VOCdevkit/VOC2007`, or, where that does not
-    exist, the only such folder in `root/VOCdevkit`.
+    It is ``root`` itself, ``root/VOC2007``, ``root/VOCdevkit/VOC2007``, or, where that does not
+    exist, the only such folder in ``root/VOCdevkit``.
 
     Raises:
-        ValueError: there is none, several, or an incomplete `VOCdevkit/VOC2007`.
+        ValueError: there is none, several, or an incomplete ``VOCdevkit/VOC2007``.
     """
     root = Path(root)
     if not root.is_dir():
@@ -290,29 +75,29 @@ def find_voc_folder(root: str | Path) -> Path:
     devkit = root / "VOCdevkit"
     preferred = devkit / "VOC2007"
     for folder in (root, root / "VOC2007", preferred):
-        if not _missing_folders(folder):
+        if not missing_folders(folder):
             return folder
     if preferred.exists():
-        _check_complete(preferred)
-    found = [folder for folder in sorted(devkit.glob("*")) if not _missing_folders(folder)]
+        check_complete(preferred)
+    found = [folder for folder in sorted(devkit.glob("*")) if not missing_folders(folder)]
     if len(found) != 1:
         names = ", ".join(folder.name for folder in found)
         raise ValueError(
             (f"several VOC folders in {devkit}: {names}. " if found else "")
-            + f"looked for one folder with {', '.join(_REQUIRED_FOLDERS)} as {root}, "
+            + f"looked for one folder with {', '.join(REQUIRED_FOLDERS)} as {root}, "
             f"{root / 'VOC2007'} or {devkit / '*'}; give the folder that has them or the one "
             "above VOCdevkit"
         )
     return found[0]
 
 
-def read_annotation(path: str | Path) -> list[dict]:
-    """Reads the objects of one VOC XML file.
+def read_annotation(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the objects of one VOC XML file.
 
     Returns:
-        `{"name": str, "xyxy": [x1, y1, x2, y2], "difficult": bool}` for each object in the
-        file's order, boxes as floats in pixels. An object without `<difficult>` is not
-        difficult; the boxes of an object's `<part>` elements are left out.
+        ``{"name": str, "xyxy": [x1, y1, x2, y2], "difficult": bool}`` for each object in the
+        file's order, boxes as floats in pixels. An object without ``<difficult>`` is not
+        difficult; the boxes of an object's ``<part>`` elements are left out.
 
     Raises:
         ValueError: the file is missing or broken, a field is missing, a coordinate is not a
@@ -324,35 +109,36 @@ def read_annotation(path: str | Path) -> list[dict]:
     ]
 
 
-def read_image_size(path: str | Path) -> tuple[int, int] | None:
-    """Width and height of the image as one VOC XML file gives them.
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return width and height of the image as given in one VOC XML file.
 
-    None where it has no whole numbers above 0; some tools leave the field out or at 0.
+    None where they are not whole numbers above 0; some tools leave them out or write 0.
 
     Raises:
         ValueError: the file is missing or broken.
     """
-    size = _parse(path).find("size")
+    annotation = _parse(path)
     try:
-        width, height = int(size.findtext("width")), int(size.findtext("height"))
-    except (AttributeError, TypeError, ValueError):
+        width, height = (int(annotation.findtext(f"size/{x}", "")) for x in ("width", "height"))
+    except ValueError:
         return None
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _parse(path: str | Path) -> ElementTree.Element:
+def _parse(path: str | os.PathLike[str]) -> ElementTree.Element:
     try:
         annotation = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        # The last two stand for an encoding that Python does not know or expat does not read.
+        # The last two: an encoding that Python does not know or that the parser can't read.
         raise ValueError(f"{path} cannot be read as a VOC XML file: {error}") from error
     if annotation.tag != "annotation":
         raise ValueError(f"{path} begins with <{annotation.tag}>; expected <annotation>")
     return annotation
 
 
-def _read_object(element: ElementTree.Element, where: str) -> dict:
-    # find() sees direct children only, which keeps the boxes of <part> out.
+def _read_object(element: ElementTree.Element, where: str) -> dict[str, Any]:
+    """Read one object; ``where`` begins the message of an error."""
+    # find() returns direct children only, and so no box of a <part>.
     name = element.findtext("name", "").strip()
     box = element.find("bndbox")
     if not name or box is None:
@@ -364,8 +150,8 @@ def _read_object(element: ElementTree.Element, where: str) -> dict:
     return {"name": name, "xyxy": xyxy, "difficult": difficult == "1"}
 
 
-def _check_box(values: list, where: str) -> list[float]:
-    """Four finite floats with x1 <= x2 and y1 <= y2, or ValueError beginning with `where`."""
+def _check_box(values: Sequence[Any], where: str) -> list[float]:
+    """Return four finite floats with x1 <= x2 and y1 <= y2; ``where`` begins an error's message."""
     try:
         x1, y1, x2, y2 = (float(value) for value in values)
     except (TypeError, ValueError, OverflowError) as error:
@@ -381,10 +167,11 @@ def _check_box(values: list, where: str) -> list[float]:
     return xyxy
 
 
-def read_split(root: str | Path, split: str) -> list[str]:
-    """The image ids of `ImageSets/Main/{split}.txt` in the file's order.
+def read_split(root: str | os.PathLike[str], split: str) -> list[str]:
+    """Read the image ids of ``ImageSets/Main/{split}.txt``, in the file's order.
 
-    Blank lines and the column of 1, 0 or -1 in the devkit's files of one class are left out.
+    Blank lines are left out, and so is the column of 1, 0 or -1 that the devkit's files for one
+    class have.
 
     Raises:
         ValueError: no devkit, no such split, or no id in it.
@@ -392,7 +179,7 @@ def read_split(root: str | Path, split: str) -> list[str]:
     folder = find_voc_folder(root) / "ImageSets" / "Main"
     path = folder / f"{split}.txt"
     if not path.is_file():
-        # Names with "_" are the devkit's files of one class; the ones looked for come first.
+        # Names with "_" are the devkit's files for one class; whole splits come first.
         names = sorted((file.stem for file in folder.glob("*.txt")), key=lambda n: ("_" in n, n))
         raise ValueError(f"no split {split!r} in {folder}; splits there: {', '.join(names)}")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -402,12 +189,14 @@ def read_split(root: str | Path, split: str) -> list[str]:
     return ids
 
 
-def _missing_folders(folder: Path) -> list[str]:
-    return [part for part in _REQUIRED_FOLDERS if not (folder / part).is_dir()]
+def missing_folders(folder: Path) -> list[str]:
+    """Return which of the devkit's folders do not exist in ``folder``."""
+    return [part for part in REQUIRED_FOLDERS if not (folder / part).is_dir()]
 
 
-def _check_complete(folder: Path) -> None:
-    missing = _missing_folders(folder)
+def check_complete(folder: Path) -> None:
+    """Raise ValueError unless ``folder`` has the devkit's folders."""
+    missing = missing_folders(folder)
     if missing:
         raise ValueError(
             f"{folder} is incomplete: {', '.join(missing)} missing. Add what is missing, or move "
@@ -420,20 +209,22 @@ def _check_complete(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def build_index(root: str | Path, split: str, *, include_difficult: bool = False) -> list:
-    """Builds the course's index of one split from the devkit's XML.
+def build_index(
+    root: str | os.PathLike[str], split: str, *, include_difficult: bool = False
+) -> list[Any]:
+    """Build the course's index of one split from the devkit's XML.
 
     Args:
-        root: data folder, see `find_voc_folder`.
-        split: name of a file in `ImageSets/Main`, as in `read_split`.
+        root: data folder, see ``find_voc_folder``.
+        split: name of a file in ``ImageSets/Main``, as in ``read_split``.
         include_difficult: keep difficult objects and give each object the key "difficult".
 
     Returns:
-        `[[path, [{"name", "xyxy"}, ...]], ...]` in the split's order, ready for JSON. Where an
-        image file does not exist, its path is the one with `.jpg`.
+        ``[[path, [{"name", "xyxy"}, ...]], ...]`` in the split's order, ready for JSON. Where an
+        image file does not exist, its path is the one with ``.jpg``.
 
     Raises:
-        ValueError: as `read_split` and `read_annotation`.
+        ValueError: as ``read_split`` and ``read_annotation``.
     """
     index = []
     for annotation, image in list_files(root, split):
@@ -448,13 +239,14 @@ def build_index(root: str | Path, split: str, *, include_difficult: bool = False
     return index
 
 
-def list_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
-    """(XML file, image file) of each image of a split of the devkit, in the split's order.
+def list_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+    """List the XML file and the image file of each image of a split, in the split's order.
 
-    Neither is opened. Where an image file does not exist, its path is the one with `.jpg`.
+    The files are not opened. Where an image file does not exist, its path is the one with
+    ``.jpg``.
 
     Raises:
-        ValueError: as `read_split`.
+        ValueError: as ``read_split``.
     """
     folder = find_voc_folder(root)
     annotations, images = folder / "Annotations", folder / "JPEGImages"
@@ -466,7 +258,7 @@ def list_files(root: str | Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def _image_names(folder: Path) -> dict[str, str]:
-    """Image file name of each id: `.jpg` if there is one, then `.jpeg`, then `.png`."""
+    """Map ids to image file names: ``.jpg`` where it exists, then ``.jpeg``, then ``.png``."""
     files = [Path(name) for name in os.listdir(folder)]
     files = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
     files.sort(key=lambda file: (_IMAGE_SUFFIXES.index(file.suffix.lower()), file.suffix != ".jpg"))
@@ -475,21 +267,25 @@ def _image_names(folder: Path) -> dict[str, str]:
 
 
 def load_index(
-    root: str | Path, split: str, *, require_images: bool = True
-) -> list[tuple[Path, list[dict]]]:
-    """Loads one split: `root/voc07_{split}.json`, or the devkit's XML where that is missing.
+    root: str | os.PathLike[str], split: str, *, require_images: bool = True
+) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Load one split: ``root/voc07_{split}.json``, or the devkit's XML where that is missing.
 
-    Paths in the JSON file use forward slashes; they are relative to `root`, with or without
-    `./here/`, or absolute. Both ways leave difficult objects out. `require_images=False` accepts
-    image files that are missing.
+    Paths in the JSON file use forward slashes; they are relative to ``root``, with or without
+    ``./here/``, or absolute. Difficult objects are left out in either case.
+
+    Args:
+        root: data folder.
+        split: ``"train"``, ``"val"`` or any other.
+        require_images: raise an error where image files are missing.
 
     Returns:
-        (absolute image path, `[{"name": str, "xyxy": [x1, y1, x2, y2]}, ...]`) for each image,
-        boxes as floats in pixels.
+        For each image its absolute path and its objects, each
+        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file.
 
     Raises:
-        ValueError: neither source is there, the JSON file is broken or of another shape, a
-            box has x2 < x1 or y2 < y1, or image files are missing.
+        ValueError: neither source exists, the JSON file is broken or has another structure, a box
+            has x2 < x1 or y2 < y1, or image files are missing.
     """
     root = Path(os.path.abspath(root))
     index = [
@@ -505,13 +301,15 @@ def load_index(
     return index
 
 
-def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Sorted names of all objects in those of the `splits` that exist.
+def class_names(
+    root: str | os.PathLike[str], splits: Sequence[str] = ("train", "val")
+) -> list[str]:
+    """Return the sorted names of all objects in those of the ``splits`` that exist.
 
-    Where a split is read from XML, difficult objects count too.
+    Where a split is read from XML, difficult objects count, too.
 
     Raises:
-        ValueError: none of the splits exists, none has an object, or as `load_index`.
+        ValueError: none of the splits exists, none has an object, or as ``load_index``.
     """
     root = Path(os.path.abspath(root))
     present = [split for split in splits if has_split(root, split)]
@@ -530,13 +328,13 @@ def class_names(root: str | Path, splits: Sequence[str] = ("train", "val")) -> l
     return sorted(names)
 
 
-def index_path(root: str | Path, split: str) -> Path:
-    """Where the course's JSON index of a split lies, if there is one."""
+def index_path(root: str | os.PathLike[str], split: str) -> Path:
+    """Return the path of the course's JSON index of a split, which need not exist."""
     return Path(root) / f"voc07_{split}.json"
 
 
-def has_split(root: str | Path, split: str) -> bool:
-    """Whether `root` has a split, as the course's JSON index or in a devkit."""
+def has_split(root: str | os.PathLike[str], split: str) -> bool:
+    """Return whether ``root`` has a split, as the course's JSON index or in a devkit."""
     if index_path(root, split).is_file():
         return True
     try:
@@ -545,8 +343,8 @@ def has_split(root: str | Path, split: str) -> bool:
         return False
 
 
-def _read_index(root: Path, split: str, *, include_difficult: bool) -> list:
-    """The index of one split from JSON, otherwise from XML, otherwise ValueError."""
+def _read_index(root: Path, split: str, *, include_difficult: bool) -> list[Any]:
+    """Read the index of one split from JSON, or from XML where there is no JSON file."""
     path = index_path(root, split)
     if path.is_file():
         return _read_json(path)
@@ -556,12 +354,12 @@ def _read_index(root: Path, split: str, *, include_difficult: bool) -> list:
         raise ValueError(
             f"no annotations of split {split!r}. Looked for {path}: not there. Looked for a VOC "
             f"devkit: {error}. Put the course's {path.name} and images into {root}, or get the "
-            f"devkit with eecs598.data.voc.download_voc2007({str(root)!r})"
+            f"devkit with eecs598.data.download_voc2007({str(root)!r})"
         ) from error
     return build_index(root, split, include_difficult=include_difficult)
 
 
-def _read_json(path: Path) -> list:
+def _read_json(path: Path) -> list[Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON or UTF-8
@@ -571,14 +369,15 @@ def _read_json(path: Path) -> list:
     return [_check_entry(entry, f"{path}, entry {n}") for n, entry in enumerate(index)]
 
 
-def _check_entry(entry: object, where: str) -> list:
+def _check_entry(entry: object, where: str) -> list[Any]:
+    """Return one entry of the JSON index with boxes of floats, or raise ValueError."""
     match entry:
         case [str(image_path), list(objects)]:
             return [image_path, [_check_object(item, where) for item in objects]]
     raise ValueError(f"{where} is {reprlib.repr(entry)}; expected [path, [objects]]")
 
 
-def _check_object(item: object, where: str) -> dict:
+def _check_object(item: object, where: str) -> dict[str, Any]:
     match item:
         case {"name": str(name), "xyxy": list(values)} if name and all(
             isinstance(value, (int, float)) for value in values

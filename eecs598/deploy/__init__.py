@@ -1,4 +1,4 @@
-"""A trained detector at work: any image file to boxes."""
+"""Deployment: detect objects in image files with a trained detector."""
 
 from eecs598.deploy.prediction import detect, picture_names, to_json, write_picture
 

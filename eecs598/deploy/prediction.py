@@ -1,4 +1,4 @@
-"""Detections in image files: in the pixels of the originals, as pictures and as JSON.
+"""Prediction: detect objects in image files, draw the boxes, give them as plain data.
 
 Symbols: B images, K detections.
 """
@@ -18,15 +18,14 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from eecs598.data import LoadedImage
-from eecs598.runtime import replacing
+from eecs598.runtime import atomic_write
 
 __all__ = ["class_color", "detect", "draw_detections", "picture_names", "to_json", "write_picture"]
 
 Detections = dict[str, Tensor]
 
-# Pictures of fewer pixels are enlarged, since no label would fit into them.
-MIN_PICTURE_SIDE = 480
-JPEG_MAX_SIDE = 65_500
+MIN_PICTURE_SIDE = 480  # smaller pictures are enlarged, since no label would fit into them
+JPEG_MAX_SIDE = 65_500  # the format has no longer sides
 
 
 def detect(
@@ -34,34 +33,37 @@ def detect(
     batches: Iterable[Sequence[LoadedImage]],
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[LoadedImage, Detections | None]]:
-    """Run a detector over loaded images; those of one size within a batch together.
+    """Run a detector over loaded images, in batches of images of the same size.
 
     Args:
-        predict: maps images ``(B, 3, H, W)`` to a mapping each: ``boxes (K, 4)`` in their pixels,
-            ``labels (K,)`` and ``scores (K,)``.
-        batches: of ``ImageFiles``.
+        predict: maps images ``(B, 3, H, W)`` to a mapping for each: ``boxes (K, 4)`` as XYXY in
+            its pixels, ``labels (K,)`` and ``scores (K,)``.
+        batches: items of ``eecs598.data.ImageFiles``.
         device: of the detector.
 
     Yields:
-        Each image in its order, without its pixels; its detections on the CPU with boxes in pixels
-        of the original, clipped to it, or None where it could not be read.
+        For each image, in order, the image without its pixels, and its detections on the CPU: the
+        same keys, boxes in pixels of the original and clipped to it. None where the image could
+        not be read.
     """
     for batch in batches:
-        same_size: dict[torch.Size, list[int]] = {}
+        same_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for number, image in enumerate(batch):
             if image.pixels is not None:
-                same_size.setdefault(image.pixels.shape, []).append(number)
+                same_size.setdefault(image.pixels.shape, []).append((number, image.pixels))
         found: dict[int, Detections] = {}
-        for numbers in same_size.values():
-            pixels = torch.stack([batch[number].pixels for number in numbers]).to(device)
-            for number, detections in zip(numbers, predict(pixels), strict=True):
-                found[number] = _in_original(detections, batch[number])
+        for (_, height, width), members in same_size.items():
+            images = torch.stack([pixels for _, pixels in members]).to(device)  # (B, 3, H, W)
+            for (number, _), detections in zip(members, predict(images), strict=True):
+                found[number] = _in_original(detections, batch[number], height, width)
         for number, image in enumerate(batch):
             yield image._replace(pixels=None), found.get(number)
 
 
-def _in_original(detections: Mapping[str, Tensor], image: LoadedImage) -> Detections:
-    height, width = image.pixels.shape[-2:]
+def _in_original(
+    detections: Mapping[str, Tensor], image: LoadedImage, height: int, width: int
+) -> Detections:
+    """Scale boxes in an image resized to ``height`` and ``width`` back to its original."""
     x, y = image.width / width, image.height / height
     boxes = detections["boxes"].cpu() * torch.tensor([x, y, x, y])
     boxes = clip_boxes_to_image(boxes, (image.height, image.width))
@@ -75,9 +77,16 @@ def _in_original(detections: Mapping[str, Tensor], image: LoadedImage) -> Detect
 def to_json(
     image: LoadedImage, detections: Detections, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """What is known of an image as plain numbers; detections keep their order.
+    """Return an image and its detections as values that JSON can hold.
 
-    Boxes are rounded to a hundredth of a pixel, scores to six digits.
+    Args:
+        image: as ``detect`` yields it.
+        detections: likewise; they keep their order.
+        class_names: ``class_names[label]`` names a label.
+
+    Returns:
+        ``path``, ``width``, ``height`` and ``detections``, each with ``box`` (XYXY, rounded to a
+        hundredth of a pixel), ``label`` (the name), ``class_id`` and ``score`` (six digits).
     """
     return {
         "path": str(image.path),
@@ -98,10 +107,14 @@ def to_json(
 
 
 def picture_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for the picture of each image, no two alike: NAME.jpg, NAME-2.jpg, ...
+    """Choose a file name for the picture of each image: NAME.jpg, or NAME-2.jpg where it is taken.
 
-    Names differ in more than upper and lower case, are valid Unicode and not too long, whatever
-    those of the images are.
+    Whatever the names of the images are, these differ in more than upper and lower case, are valid
+    Unicode and are not too long for a file system.
+
+    Example:
+        >>> picture_names([Path("a/cat.png"), Path("b/cat.jpg")])
+        ['cat.jpg', 'cat-2.jpg']
     """
     names: list[str] = []
     taken: set[str] = set()
@@ -117,13 +130,16 @@ def picture_names(paths: Sequence[Path]) -> list[str]:
 
 
 def write_picture(
-    image: Image.Image, detections: Detections, class_names: Sequence[str], path: str | os.PathLike
+    image: Image.Image,
+    detections: Detections,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
 ) -> None:
-    """Draw detections and save the picture."""
+    """Draw detections and save the picture, as ``draw_detections``."""
     picture = draw_detections(image, detections, class_names)
-    # JPEG knows no longer sides. Whatever shows the file goes by its content, not by its name.
+    # Viewers recognize a format by the content of a file, so the name may stay.
     format_ = "JPEG" if max(picture.size) <= JPEG_MAX_SIDE else "PNG"
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         picture.save(unfinished, format=format_, quality=92)
 
 
@@ -132,13 +148,16 @@ def draw_detections(
 ) -> Image.Image:
     """Draw boxes with class and score onto a copy of an image.
 
-    Lines and letters grow with the image. One whose longer side is below 480 px is enlarged by a
-    whole factor first.
+    Lines and letters grow with the image. An image whose longer side is below 480 pixels is first
+    enlarged by an integer factor.
 
     Args:
         image: RGB.
         detections: ``boxes (K, 4)`` in its pixels, ``labels (K,)``, ``scores (K,)``.
         class_names: ``class_names[label]`` names a label.
+
+    Returns:
+        The drawing, RGB.
     """
     factor = math.ceil(MIN_PICTURE_SIDE / max(image.size))
     size = (factor * image.width, factor * image.height)
@@ -146,26 +165,28 @@ def draw_detections(
     pen = ImageDraw.Draw(picture)
     line = max(2, round(max(size) / 250))
     font = _font(max(12, round(max(size) / 50)))
-    # The best come last, so that no label hides theirs.
+    # The highest scores come last, so that no other label hides theirs.
     for k in detections["scores"].argsort().tolist():
         box = [factor * value for value in detections["boxes"][k].tolist()]
-        color = class_color(int(detections["labels"][k]))
-        text = f"{class_names[detections['labels'][k]]} {detections['scores'][k]:.2f}"
+        label = int(detections["labels"][k])
+        color = class_color(label)
+        text = f"{class_names[label]} {detections['scores'][k]:.2f}"
         _draw_box(pen, box, color, line)
         _draw_label(pen, box, text, color, font, line)
     return picture
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """The colour of a class, RGB in 0..255; always the same, and unlike those of its neighbours."""
+    """Return the color of a class, RGB in 0..255, which differs from those of the next classes."""
     # Steps of the golden ratio keep any number of hues apart; the brightness changes, too.
     hue = (0.02 + 0.618034 * label) % 1
     saturation, value = ((0.9, 0.95), (0.55, 1.0), (0.8, 0.8))[label % 3]
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Pillow's own font has Latin letters alone; this one comes with matplotlib and has more.
+    # Pillow's own font has Latin letters only; the one that comes with matplotlib has more.
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
@@ -175,7 +196,7 @@ def _draw_box(
     pen: ImageDraw.ImageDraw, box: list[float], color: tuple[int, int, int], line: int
 ) -> None:
     x1, y1, x2, y2 = box
-    # The last column of the box is x2 - 1; a dark rim sets the colour off from any background.
+    # The last column of the box is x2 - 1; a dark rim shows the color on any background.
     corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
     pen.rectangle(corners, outline=(0, 0, 0), width=line + max(1, line // 3))
     pen.rectangle(corners, outline=color, width=line)
@@ -189,7 +210,7 @@ def _draw_label(
     font: ImageFont.FreeTypeFont,
     line: int,
 ) -> None:
-    """On top of the box, or inside it where the image ends there."""
+    """Draw the label above the box, or inside it where the image has no room above."""
     width = font.getlength(text) + 2 * line
     height = sum(font.getmetrics()) + line
     left = max(0, min(box[0], pen.im.size[0] - width))

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from eecs598.runtime import replacing
+from eecs598.runtime import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -415,7 +415,7 @@ def write_text_format(
         )
     ]
     for kind, lines in ((DETECTIONS_FOLDER, detection_lines), (GROUND_TRUTH_FOLDER, truth_lines)):
-        with replacing(Path(folder) / kind / f"{name}.txt") as unfinished:
+        with atomic_write(Path(folder) / kind / f"{name}.txt") as unfinished:
             unfinished.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -475,7 +475,7 @@ def plot_average_precision(
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     if path is not None:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, dpi=150, format=Path(path).suffix[1:] or "png")
     return axes
 

@@ -28,7 +28,7 @@ from torchvision.ops import box_iou
 from eecs598.data import read_image
 from eecs598.metrics import Evaluation
 from eecs598.report.analysis import Analysis, Comparison
-from eecs598.runtime import replacing
+from eecs598.runtime import atomic_write
 
 __all__ = ["figures_html", "write_report"]
 
@@ -79,7 +79,7 @@ def write_report(
             figures=lambda: Markup(figures.render(**context)),
         )
     )
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         # File names may hold bytes that are no text.
         unfinished.write_text(page, encoding="utf-8", errors="replace")
 

@@ -1,4 +1,4 @@
-"""What every other part stands on: files, hardware and versions, several processes."""
+"""The runtime: atomic file writes, the environment of a result, distributed training."""
 
 from eecs598.runtime.distributed import (
     any_process,
@@ -11,13 +11,14 @@ from eecs598.runtime.distributed import (
     rank,
 )
 from eecs598.runtime.environment import describe_environment, package_versions, processor_name
-from eecs598.runtime.files import claimed, remove_unfinished, replacing, write_json
+from eecs598.runtime.files import atomic_write, folder_lock, remove_unfinished, write_json
 
 __all__ = [
     "any_process",
+    "atomic_write",
     "broadcast_buffers",
-    "claimed",
     "describe_environment",
+    "folder_lock",
     "gather",
     "is_main_process",
     "mean_over_processes",
@@ -27,6 +28,5 @@ __all__ = [
     "processor_name",
     "rank",
     "remove_unfinished",
-    "replacing",
     "write_json",
 ]

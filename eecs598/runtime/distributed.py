@@ -1,9 +1,8 @@
-"""Training with several processes, one for each GPU or machine.
+"""Distributed training: several processes, one per GPU.
 
-    torchrun --nproc-per-node N -m fcos train ...
-
-``torchrun`` starts the processes and tells each its rank in the environment. Without it there is
-one process, every function here does what one process needs, and nothing else has to know.
+``torchrun --nproc-per-node N -m fcos train ...`` starts the processes and gives each its rank in
+the environment. Without ``torchrun`` there is one process, and every function here does what one
+process needs, so that callers need not distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ __all__ = [
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Join the group of processes that ``torchrun`` started, if it did; leave it at the end.
+    """Join the processes that ``torchrun`` started, if any, and leave the group at the end.
 
     Args:
-        device: ``"cpu"``, or ``"cuda"`` for one GPU a process. Tensors on a GPU travel over nccl,
-            others over gloo.
+        device: ``"cpu"``, or ``"cuda"`` for one GPU per process. Tensors on a GPU are exchanged
+            with NCCL, others with Gloo.
 
     Yields:
         The device of this process: ``"cpu"``, ``"cuda"``, or ``"cuda:N"`` in a group.
@@ -48,7 +47,7 @@ def process_group(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
     yield device
-    # Not after an error: others may wait for this process, and only its end tells them.
+    # Not after an error: the others may be waiting for this process and notice only that it ends.
     dist.destroy_process_group()
 
 
@@ -57,43 +56,43 @@ def _in_group() -> bool:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if _in_group() else 0
 
 
 def num_processes() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return dist.get_world_size() if _in_group() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Return whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes; every process has to call it."""
+    """Return the mean of a tensor over all processes; every process has to call it."""
     if num_processes() == 1:
         return value
     value = value.clone()
-    dist.all_reduce(value)  # the mean itself is not to be had from gloo
+    dist.all_reduce(value)  # a sum, because Gloo has no mean
     return value / num_processes()
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in at least one process; every process has to call it."""
+    """Return whether the flag is set in at least one process; every process has to call it."""
     if num_processes() == 1:
         return flag
-    flags = torch.tensor(float(flag))  # on the CPU: no GPU has to be waited for
+    flags = torch.tensor(float(flag))  # on the CPU, so as not to wait for a GPU
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the main process's buffers; every process has to call it.
+    """Copy the main process's buffers to every process; every process has to call it.
 
     Parameters stay equal by themselves, but each process has seen other images, so the statistics
-    of batch norm differ, and with them what the model detects.
+    of batch norm differ between processes, and with them the detections.
     """
     if num_processes() > 1:
         for buffer in model.buffers():
@@ -101,7 +100,11 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process holds, in the order of their ranks; every process has to call it."""
+    """Return the value of each process, in the order of their ranks; every process has to call it.
+
+    Args:
+        value: anything that can be pickled.
+    """
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()

@@ -1,4 +1,4 @@
-"""Who made a result: versions, hardware and the state of the repository."""
+"""The environment of a result: command, versions, hardware, state of the repository."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 
 __all__ = ["describe_environment", "package_versions", "processor_name"]
 
-# What a result can depend on.
+# Packages that can change a result.
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """The versions of these distributions, of those that are installed."""
+    """Return the versions of those of the named distributions that are installed."""
     versions = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
@@ -30,7 +30,7 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The model of the processor where it can be found out, else its architecture."""
+    """Return the model of the processor, or its architecture where the model is not known."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -39,7 +39,14 @@ def processor_name() -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Command, versions, hardware and the state of the repository: who made a result."""
+    """Describe what a result can depend on, as values that JSON can hold.
+
+    Returns:
+        ``command`` (arguments of the process), ``python`` (version), ``packages`` (name to
+        version), ``platform``, ``processor``, ``processors`` (their number), ``gpu`` (name or
+        None), ``commit`` (of this repository) and ``uncommitted_changes`` (lines of
+        ``git status``); the last two are None outside a repository.
+    """
     folder = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -47,7 +54,7 @@ def describe_environment() -> dict[str, Any]:
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
-            return None  # no git, or a folder that is no repository
+            return None  # git is missing, or the folder is no repository
 
     changes = git("status", "--porcelain")
     return {

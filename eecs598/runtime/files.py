@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files: atomic writes and a lock for a folder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["claimed", "remove_unfinished", "replacing", "write_json"]
-
+__all__ = ["atomic_write", "folder_lock", "remove_unfinished", "write_json"]
 
 _MARK = ".part"
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it becomes ``path`` once the block ends without error.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file so that it is either whole or, after an error, as it was before.
 
-    Missing parent folders are made. The suffix stays, since libraries choose a format by it.
+    Missing parent folders are made.
+
+    Args:
+        path: of the file.
+
+    Yields:
+        A path beside ``path`` to write to, with the same suffix, since libraries choose a format
+        by it. It is renamed to ``path`` when the block ends without an error, and removed
+        otherwise.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,37 +35,40 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
-            os.fsync(file)  # the content reaches the disk before the name does
+            os.fsync(file)  # the content must reach the disk before the new name does
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
 
 
-def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Remove what ``replacing`` left in a folder when its process was killed."""
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove the files that ``atomic_write`` left in a folder when its process was killed."""
     for path in Path(folder).glob(f".*{_MARK}*"):
         path.unlink()
 
 
 @contextlib.contextmanager
-def claimed(folder: str | os.PathLike) -> Iterator[None]:
-    """Within the block, no other process that asks for this folder gets it.
+def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes from entering this block for the same folder.
+
+    The lock is the file ``.lock`` in the folder. The lock of a process that was killed is ignored.
 
     Raises:
-        ValueError: another process of this machine has it. What a killed process left is no
-            obstacle.
+        ValueError: another process on this machine holds the lock.
     """
     path = Path(folder) / ".lock"
     try:
-        host, pid = path.read_text(encoding="utf-8").split()
+        host, process = path.read_text(encoding="utf-8").split()
+        pid = int(process)
     except (OSError, ValueError):
-        host = pid = None
-    if host == platform.node() and _is_running(int(pid)):
-        raise ValueError(
-            f"process {pid} is working in {folder}. Wait for it, or stop it; if that is some other "
-            f"program, remove {path}."
-        )
+        pass  # no lock, or none of ours
+    else:
+        if host == platform.node() and _is_running(pid):
+            raise ValueError(
+                f"process {pid} is working in {folder}. Wait for it, or stop it; if that is some "
+                f"other program, remove {path}."
+            )
     path.write_text(f"{platform.node()} {os.getpid()}", encoding="utf-8")
     try:
         yield
@@ -67,7 +77,8 @@ def claimed(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere, asking would end the process
+    """Return whether another process than this one has the id."""
+    if os.name != "posix":  # on Windows, os.kill would end the process
         return False
     try:
         os.kill(pid, 0)
@@ -78,7 +89,7 @@ def _is_running(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a value as JSON."""
-    with replacing(path) as unfinished:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eecs598.runtime import replacing
+from eecs598.runtime import atomic_write
 
 __all__ = [
     "load_checkpoint",
@@ -44,7 +44,7 @@ def save_checkpoint(
         classes: class names in the order of their ids.
         more: further entries, such as the iteration.
     """
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         torch.save({"model": model, "settings": settings, "classes": classes, **more}, unfinished)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eecs598.runtime import (
+    atomic_write,
     gather,
     is_main_process,
     mean_over_processes,
     num_processes,
-    replacing,
 )
 from eecs598.training.run import History, TrainingRun
 from eecs598.utils import in_notebook_or_window
@@ -205,7 +205,7 @@ def plot_losses(
         twin.set(ylabel="mAP@0.5 in %", ylim=(0, 100))
     ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(lines))
     if path is not None:
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             figure.savefig(unfinished, bbox_inches="tight")
     if show:
         plt.show()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eecs598.data import SHAPES_CLASSES, VOC2007_CLASSES, class_names
+from eecs598.data import SHAPES_CLASSES, VOC2007_CLASSES, class_names, shapes_folder
 from eecs598.training.settings import RECIPES, Settings
 
 __all__ = ["NotebookSettings", "notebook_settings"]
@@ -157,8 +157,7 @@ def notebook_settings(
         data_dir = Path("/content/voc2007") if in_colab and download else project_dir
         classes = VOC2007_CLASSES
     elif data == "shapes":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        data_dir = cache / "eecs598-fcos" / "shapes"
+        data_dir = shapes_folder()
         classes = SHAPES_CLASSES
     else:
         data_dir = Path(data)

@@ -26,9 +26,9 @@ from torch import nn
 
 from eecs598.runtime import (
     any_process,
+    atomic_write,
     is_main_process,
     remove_unfinished,
-    replacing,
     write_json,
 )
 from eecs598.training.checkpoint import (
@@ -281,7 +281,7 @@ class TrainingRun:
             remove_unfinished(self.folder)
             entries = [*_steps(history, 0), *self.evaluations]
             entries.sort(key=lambda entry: entry["iteration"])  # stable: evaluations come second
-            with replacing(self.folder / "history.jsonl") as unfinished:
+            with atomic_write(self.folder / "history.jsonl") as unfinished:
                 unfinished.write_text(_json_lines(entries), encoding="utf-8")
         self._written = len(history.get("iteration", ()))
         return history

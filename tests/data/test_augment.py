@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from a4_helper import AugmentedTrainingSet, VOC2007DetectionTiny
-from eecs598.data.augment import AUGMENTATIONS, Augmentation
-from eecs598.data.sampling import Sample
+from eecs598.data.augment import AUGMENTATIONS, Augmentation, local_seed
 
 GEOMETRY = [("flip",), ("zoom",), ("iou_crop",), ("mosaic",), ("flip", "zoom", "iou_crop"), ()]
 
 
-def picture_with_squares() -> tuple[torch.Tensor, torch.Tensor]:
-    """A red, a green and a blue square on grey, which no augmentation takes for another."""
+def augmented(
+    names: tuple[str, ...], make: Callable[[], tuple[Tensor, Tensor]], seed: int, side: int
+) -> tuple[Tensor, Tensor]:
+    """Make one training image from as many of the same image as the augmentation asks for."""
+    augment = Augmentation(names)
+    with local_seed(seed):
+        return augment([make() for _ in augment.choose_images(0, 4)], side)
+
+
+def picture_with_squares() -> tuple[Tensor, Tensor]:
+    """A red, a green and a blue square on gray, which no augmentation takes for another."""
     image = torch.full((3, 90, 120), 90, dtype=torch.uint8)
     boxes = [(10, 10, 40, 40, 0), (60, 20, 100, 60, 1), (20, 50, 50, 80, 2)]
     for x1, y1, x2, y2, label in boxes:
@@ -24,10 +34,9 @@ def picture_with_squares() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("names", GEOMETRY, ids="+".join)
 def test_boxes_follow_the_pixels(names):
-    augment = Augmentation(names)
     seen = 0
     for seed in range(25):
-        image, boxes = augment(lambda _: picture_with_squares(), 4, 0, seed, 96)
+        image, boxes = augmented(names, picture_with_squares, seed, 96)
         assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
         pixels = image / 255
         for *xyxy, label in boxes.tolist():
@@ -43,9 +52,8 @@ def test_boxes_follow_the_pixels(names):
 
 
 def test_every_object_that_is_seen_has_a_box():
-    augment = Augmentation(("flip", "zoom"))
     for seed in range(25):
-        image, boxes = augment(lambda _: picture_with_squares(), 4, 0, seed, 96)
+        image, boxes = augmented(("flip", "zoom"), picture_with_squares, seed, 96)
         pixels = image / 255
         for label in range(3):
             bright = (pixels[label] > 0.9) & (pixels.sum(0) < 1.2)
@@ -55,11 +63,8 @@ def test_every_object_that_is_seen_has_a_box():
 
 @pytest.mark.parametrize("names", [*GEOMETRY, AUGMENTATIONS], ids="+".join)
 def test_a_seed_gives_one_image_and_leaves_the_generator_alone(names):
-    augment = Augmentation(names)
     before = torch.get_rng_state()
-    results = [
-        augment(lambda _: picture_with_squares(), 4, 0, seed, 64) for seed in (1, 1, *range(2, 12))
-    ]
+    results = [augmented(names, picture_with_squares, seed, 64) for seed in (1, 1, *range(2, 12))]
     assert torch.equal(torch.get_rng_state(), before)
     bytes_of = [image.numpy().tobytes() for image, _ in results]
     assert bytes_of[0] == bytes_of[1] and torch.equal(results[0][1], results[1][1])
@@ -67,12 +72,10 @@ def test_a_seed_gives_one_image_and_leaves_the_generator_alone(names):
 
 
 def test_photometric_leaves_the_boxes():
-    _, plain = Augmentation(())(lambda _: picture_with_squares(), 1, 0, 3, 96)
+    _, plain = augmented((), picture_with_squares, 3, 96)
     images = []
     for seed in range(6):
-        image, boxes = Augmentation(("photometric",))(
-            lambda _: picture_with_squares(), 1, 0, seed, 96
-        )
+        image, boxes = augmented(("photometric",), picture_with_squares, seed, 96)
         assert torch.equal(boxes, plain)
         images.append(image.numpy().tobytes())
     assert len(set(images)) > 3
@@ -82,8 +85,20 @@ def test_photometric_leaves_the_boxes():
 def test_an_image_without_boxes(names):
     image = torch.zeros(3, 80, 50, dtype=torch.uint8)
     for seed in range(5):
-        result, boxes = Augmentation(names)(lambda _: (image, torch.zeros(0, 5)), 1, 0, seed, 64)
+        result, boxes = augmented(names, lambda: (image, torch.zeros(0, 5)), seed, 64)
         assert result.shape == (3, 64, 64) and boxes.shape == (0, 5)
+
+
+def test_a_mosaic_is_made_of_four_images_half_of_the_time():
+    augment, chosen = Augmentation(("mosaic",)), []
+    for seed in range(200):
+        with local_seed(seed):
+            chosen.append(augment.choose_images(5, 7))
+    assert {len(indices) for indices in chosen} == {1, 4}
+    assert 70 < sum(len(indices) == 4 for indices in chosen) < 130
+    assert all(indices[0] == 5 for indices in chosen)
+    assert {index for indices in chosen for index in indices[1:]} == set(range(7))
+    assert Augmentation(("flip", "zoom")).choose_images(5, 7) == [5]
 
 
 def test_unknown_name():
@@ -91,36 +106,10 @@ def test_unknown_name():
         Augmentation(("flip", "rotate"))
 
 
-def test_the_training_set(small_voc):
-    dataset = VOC2007DetectionTiny(small_voc, "train", image_size=64, classes=("cube", "dice"))
-    plain = AugmentedTrainingSet(dataset)
-    for ours, theirs in zip(plain[Sample(3, 0, None)], dataset[3], strict=True):
-        assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
-    assert plain[Sample(3, 0, 96)][1].shape == (3, 96, 96)
-    augmented = AugmentedTrainingSet(dataset, AUGMENTATIONS)
-    path, image, boxes = augmented[Sample(3, 7, 96)]
-    assert path == dataset[3][0] and image.shape == (3, 96, 96) and image.dtype == torch.float32
-    assert boxes.shape == (8, 5)  # a mosaic shows four images of up to two objects
-    assert len(augmented) == len(dataset)
-
-
-def test_loading_leaves_the_cached_images_alone(small_voc):
-    dataset = VOC2007DetectionTiny(small_voc, "train", image_size=64, classes=("cube", "dice"))
-    plain = AugmentedTrainingSet(dataset, AUGMENTATIONS)
-    cached = AugmentedTrainingSet(dataset, AUGMENTATIONS, cache=True)
-    for _ in range(2):
-        for seed in range(len(dataset)):
-            sample = Sample(seed, seed, 96)
-            for ours, theirs in zip(cached[sample], plain[sample], strict=True):
-                assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
-    assert len(cached.cache) == len(dataset)
-
-
 @pytest.mark.parametrize("size", [(1200, 6), (6, 900)])
 def test_a_strip(size):
     boxes = torch.tensor([[0.0, 0.0, 6.0, 6.0, 0.0]])
     for seed in range(5):
-        image, _ = Augmentation(("zoom", "flip"))(
-            lambda _: (torch.zeros(3, *size, dtype=torch.uint8), boxes), 1, 0, seed, 64
-        )
+        strip = torch.zeros(3, *size, dtype=torch.uint8)
+        image, _ = augmented(("zoom", "flip"), lambda strip=strip: (strip, boxes), seed, 64)
         assert image.shape == (3, 64, 64)

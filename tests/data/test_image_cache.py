@@ -69,7 +69,7 @@ def test_the_data_set_gives_the_same_items(small_voc, capsys, split):
         for ours, theirs in zip(cached, plain, strict=True):
             assert ours[0] == theirs[0]
             assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
-        assert len(cached.cache) == len(plain)
+        assert len(cached.images.cache) == len(plain)
 
 
 def test_workers_share_it(small_voc, monkeypatch, tmp_path):
@@ -78,12 +78,12 @@ def test_workers_share_it(small_voc, monkeypatch, tmp_path):
     )
     loader = DataLoader(dataset, num_workers=2, multiprocessing_context="fork")
     first = [image for _, image, _ in loader]
-    assert len(dataset.cache) == len(dataset)
+    assert len(dataset.images.cache) == len(dataset)
 
     def refuse(path: Path, **_: object) -> None:
         raise AssertionError(f"{path} is read again")
 
-    monkeypatch.setattr("a4_helper.read_image", refuse)
+    monkeypatch.setattr("eecs598.data.training_set.read_image", refuse)
     for image, (_, again, _) in zip(first, loader, strict=True):
         assert torch.equal(image, again)
 

@@ -16,9 +16,10 @@ from a4_helper import VOC2007DetectionTiny
 from eecs598.data.images import (
     ImageFiles,
     find_images,
-    normalized,
+    normalize,
     read_image,
     resize_shorter_side,
+    stored_size,
     to_pixels,
 )
 
@@ -26,7 +27,7 @@ WIDTH, HEIGHT = 48, 32
 
 
 def quarters() -> Image.Image:
-    """A colour in each quarter, so that every turn and mirror image of it differs."""
+    """A color in each quarter, so that every turn and mirror image of it differs."""
     image = Image.new("RGB", (WIDTH, HEIGHT), (200, 40, 40))
     image.paste((40, 180, 60), (WIDTH // 2, 0, WIDTH, HEIGHT // 2))
     image.paste((50, 60, 220), (0, HEIGHT // 2, WIDTH // 2, HEIGHT))
@@ -39,7 +40,7 @@ def ramp() -> np.ndarray:
     return np.tile(np.linspace(0, 255, WIDTH).round().astype(np.uint8), (HEIGHT, 1))
 
 
-def grey(values: np.ndarray) -> Image.Image:
+def gray(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values).convert("RGB")
 
 
@@ -65,7 +66,7 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
         ("RGBX", "x.tif", 0),
     ],
 )
-def test_colour_modes(tmp_path, mode, file, tolerance):
+def test_color_modes(tmp_path, mode, file, tolerance):
     image = quarters()
     if mode == "P":
         image = image.convert("P", palette=Image.Palette.ADAPTIVE)
@@ -81,13 +82,13 @@ def test_colour_modes(tmp_path, mode, file, tolerance):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "I;16", "I;16B", "I", "F unit", "F bytes", "PGM 16"])
-def test_grey_modes(tmp_path, mode):
-    path, values, expected = tmp_path / "x.tif", ramp(), grey(ramp())
+def test_gray_modes(tmp_path, mode):
+    path, values, expected = tmp_path / "x.tif", ramp(), gray(ramp())
     if mode in ("L", "1"):
         path = tmp_path / "x.png"
         image = Image.fromarray(values).convert(mode, dither=Image.Dither.NONE)
         if mode == "1":
-            expected = grey(np.where(values >= 128, 255, 0).astype(np.uint8))
+            expected = gray(np.where(values >= 128, 255, 0).astype(np.uint8))
     elif mode == "PGM 16":
         path = tmp_path / "x.pgm"
         header = f"P5 {WIDTH} {HEIGHT} 65535\n".encode()
@@ -108,7 +109,7 @@ def test_16_bit_png(tmp_path):
     Image.fromarray(257 * ramp().astype(np.uint16)).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.mode in ("I;16", "I")
-    assert mean_difference(read_image(tmp_path / "x.png"), grey(ramp())) <= 0.5
+    assert mean_difference(read_image(tmp_path / "x.png"), gray(ramp())) <= 0.5
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
@@ -123,7 +124,7 @@ def test_what_is_transparent_is_white(tmp_path, mode):
         image = Image.new(mode[:-1], (WIDTH, HEIGHT), "black")
         image.putalpha(mask)
         right = 127
-    else:  # one colour stands for nothing: a dark one, which would show
+    else:  # one color stands for nothing: a dark one, which would show
         nothing = {"P": 1, "L": 9, "RGB": (9, 9, 9)}[mode]
         image = Image.new(mode, mask.size, 0)
         image.paste(nothing, (WIDTH // 2, 0, WIDTH, HEIGHT))
@@ -217,13 +218,13 @@ def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):
     for (path, pixels, _), item in zip(dataset, ImageFiles(paths, 48), strict=True):
         assert str(item.path) == path and item.error is None
         assert torch.equal(item.pixels, pixels)
-        assert (item.width, item.height) == Image.open(path).size
+        assert (item.height, item.width) == stored_size(path)
 
 
-def test_resize_and_normalisation():
+def test_resize_and_normalization():
     pixels = resize_shorter_side(to_pixels(quarters()), 64)
     assert pixels.shape == (3, 64, 96) and pixels.dtype == torch.uint8
-    white = normalized(to_pixels(Image.new("RGB", (4, 3), "white")))
+    white = normalize(to_pixels(Image.new("RGB", (4, 3), "white")))
     assert white.shape == (3, 3, 4) and white.dtype == torch.float32
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(white[:, 1, 2], expected)

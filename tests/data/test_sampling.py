@@ -23,16 +23,16 @@ def test_an_epoch_shows_every_image_once():
 
 @pytest.mark.parametrize("start", [0, 1, 7, 19, 20])
 def test_a_later_start_gives_the_rest(start):
-    whole = list(TrainingSampler(7, 3, 20, seed=5, sides=(32, 64)))
-    rest = TrainingSampler(7, 3, 20, start=start, seed=5, sides=(32, 64))
+    whole = list(TrainingSampler(7, 3, 20, seed=5, image_sizes=(32, 64)))
+    rest = TrainingSampler(7, 3, 20, start=start, seed=5, image_sizes=(32, 64))
     assert list(rest) == whole[start:]
     assert len(rest) == 20 - start
 
 
 def test_processes_share_the_batch_of_one():
-    alone = list(TrainingSampler(10, 4, 9, seed=2, sides=(32, 48, 64)))
+    alone = list(TrainingSampler(10, 4, 9, seed=2, image_sizes=(32, 48, 64)))
     shares = [
-        list(TrainingSampler(10, 2, 9, seed=2, sides=(32, 48, 64), rank=r, num_processes=2))
+        list(TrainingSampler(10, 2, 9, seed=2, image_sizes=(32, 48, 64), rank=r, num_processes=2))
         for r in range(2)
     ]
     assert [first + second for first, second in zip(*shares, strict=True)] == alone
@@ -46,11 +46,11 @@ def test_seeds_give_different_orders():
     assert list(TrainingSampler(20, 4, 5, seed=3)) == list(TrainingSampler(20, 4, 5, seed=3))
 
 
-def test_a_batch_has_one_side():
-    batches = list(TrainingSampler(8, 4, 40, sides=(32, 64)))
-    assert all(len({s.side for s in batch}) == 1 for batch in batches)
-    assert {s.side for s in flat(batches)} == {32, 64}
-    assert {s.side for s in flat(TrainingSampler(8, 4, 5))} == {None}
+def test_a_batch_has_one_size():
+    batches = list(TrainingSampler(8, 4, 40, image_sizes=(32, 64)))
+    assert all(len({s.image_size for s in batch}) == 1 for batch in batches)
+    assert {s.image_size for s in flat(batches)} == {32, 64}
+    assert {s.image_size for s in flat(TrainingSampler(8, 4, 5))} == {None}
 
 
 def test_no_images():

@@ -117,7 +117,7 @@ def test_boxes_lie_in_the_frame_and_are_not_tiny(drawn):
 
 
 def test_boxes_and_flags_fit_the_visible_silhouettes(monkeypatch):
-    """Draws each object in a flat colour of its own on black, and reads the pixels back."""
+    """Draw each object in a flat color of its own on black, and read the pixels back."""
     areas = []
     real_sprite, real_background = shapes._make_sprite, shapes._background
 
@@ -139,9 +139,9 @@ def test_boxes_and_flags_fit_the_visible_silhouettes(monkeypatch):
         areas.clear()
         image, objects = draw_image(0, "train", index)
         red = image.getchannel("R")
-        colours = [value for value, count in enumerate(red.histogram()) if count and value]
-        assert len(colours) == len(objects)
-        for value, item in zip(colours, objects, strict=True):
+        colors = [value for value, count in enumerate(red.histogram()) if count and value]
+        assert len(colors) == len(objects)
+        for value, item in zip(colors, objects, strict=True):
             mask = red.point([255 * (v == value) for v in range(256)])
             left, top, right, bottom = mask.getbbox()
             assert item["xyxy"] == (left + 1, top + 1, right, bottom)

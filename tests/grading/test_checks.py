@@ -604,43 +604,46 @@ MUTANTS = [
     Mutant(
         "boxes not cropped",
         "a4_helper",
-        "boxes = _crop_boxes(boxes, left, top, side)",
-        "pass",
+        "pixels, boxes = crop_center(pixels, boxes)",
+        "pixels, _ = crop_center(pixels, boxes)",
         {"dataset": "training"},
     ),
     Mutant(
         "boxes not resized",
         "a4_helper",
-        "[scale_x, scale_y, scale_x, scale_y, 1.0]",
-        "[1.0, scale_y, 1.0, scale_y, 1.0]",
+        "pixels, boxes = self.images.resized(index)",
+        "pixels, boxes = self.images.resized(index)[0], self.instances[index][1]",
         {"dataset": "validation"},
     ),
     Mutant(
         "boxes that are gone stay",
         "a4_helper",
-        "return cropped.masked_fill(gone, -1.0)",
-        "return cropped",
+        "return make_item(path, pixels, boxes, self.images.max_boxes)",
+        "return make_item(path, pixels, boxes.clamp(min=0), self.images.max_boxes)",
         {"dataset": "crop removes"},
     ),
     Mutant(
         "padded with 0",
         "a4_helper",
-        "torch.full((max_boxes, 5), -1.0)",
-        "torch.zeros(max_boxes, 5)",
+        "return make_item(path, pixels, boxes, self.images.max_boxes)",
+        "padded = torch.zeros(self.images.max_boxes, 5)\n"
+        "        padded[: len(boxes)] = boxes\n"
+        "        return *make_item(path, pixels, boxes, len(boxes))[:2], padded",
         {"dataset": "padded"},
     ),
     Mutant(
         "padded to 40 boxes",
         "a4_helper",
-        "torch.full((max_boxes, 5), -1.0)",
-        "torch.full((40, 5), -1.0)",
+        "return make_item(path, pixels, boxes, self.images.max_boxes)",
+        "return make_item(path, pixels, boxes, 40)",
         {"dataset": "45 objects"},
     ),
     Mutant(
         "not normalised",
         "a4_helper",
-        "str(path), normalized(pixels), padded",
-        "str(path), pixels / 255, padded",
+        "return make_item(path, pixels, boxes, self.images.max_boxes)",
+        "name, _, padded = make_item(path, pixels, boxes, self.images.max_boxes)\n"
+        "        return name, pixels / 255, padded",
         {"dataset": "normalised"},
     ),
     # Training loop

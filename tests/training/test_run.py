@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from a4_helper import AugmentedTrainingSet, VOC2007DetectionTiny, train_detector
-from eecs598.data.sampling import TrainingSampler
-from eecs598.runtime.files import claimed
+from a4_helper import VOC2007DetectionTiny, train_detector
+from eecs598.data import TrainingSampler, TrainingSet
+from eecs598.runtime.files import folder_lock
 from eecs598.training.checkpoint import (
     load_checkpoint,
     random_states,
@@ -99,7 +99,7 @@ RECIPES = {
             "max_grad_norm": 1.0,
             "ema_decay": 0.9,
         },
-        {"sides": (32, 48)},
+        {"image_sizes": (32, 48)},
     ),
     "float16": ({"amp": "auto", "max_grad_norm": 1.0}, {}),  # as GPUs without bfloat16 train
 }
@@ -122,7 +122,7 @@ def train_toy(folder, small_voc, recipe="plain", *, resume=False, max_iters=20, 
     run_settings = {"checkpoint_every": 5, **run_settings}
     run = TrainingRun(folder, {"a": 1}, ["cube", "dice"], resume=resume, **run_settings)
     dataset = VOC2007DetectionTiny(small_voc, "train", image_size=32, classes=("cube", "dice"))
-    augmented = AugmentedTrainingSet(dataset, ("flip", "zoom") if sampling else ())
+    augmented = TrainingSet(dataset.instances, 32, ("flip", "zoom") if sampling else ())
     sampler = TrainingSampler(len(dataset), 3, max_iters, start=run.iteration, seed=4, **sampling)
     loader = DataLoader(augmented, batch_sampler=sampler, generator=torch.Generator())
     history = train_detector(
@@ -528,14 +528,14 @@ def test_a_signal_to_the_command(shapes, tmp_path, number, status):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with claimed(tmp_path):
+    with folder_lock(tmp_path):
         (tmp_path / ".lock").write_text(f"{platform.node()} {os.getppid()}")  # it runs, surely
         message = f"process {os.getppid()} is working"
-        with pytest.raises(ValueError, match=message), claimed(tmp_path):
+        with pytest.raises(ValueError, match=message), folder_lock(tmp_path):
             pass
     assert not (tmp_path / ".lock").exists()
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     (tmp_path / ".lock").write_text(f"{platform.node()} {ended.pid}")
-    with claimed(tmp_path):
+    with folder_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
