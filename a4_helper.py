@@ -321,7 +321,7 @@ def train_detector(
             (arXiv 1608.03983, equation 5, without restarts).
         warmup_iters: the learning rate rises linearly over this many iterations.
         max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it.
-        pretrained_lr_factor: the learning rate of ``detector.pretrained_parameters()`` is
+        pretrained_lr_factor: the learning rate of ``detector.backbone_parameters()`` is
             multiplied by it.
         average_decay: keep a moving average of the weights, of which this part remains in every
             step (less in the first steps). It is what is evaluated, and the detector ends with
@@ -366,7 +366,9 @@ def train_detector(
     history = run.restore(state) if run is not None else {}
     done = len(history.get("iteration", ()))
     network = _training_network(detector, device, compile)
-    num_classes = getattr(detector, "num_classes", None)
+    # A GPU's batches are checked before the transfer, where looking at values costs no waiting.
+    checked_here = device.type != "cpu" or not getattr(detector, "checks_batches", False)
+    num_classes = getattr(detector, "num_classes", None) if checked_here else None
 
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(_Record(history, max_iters, run))

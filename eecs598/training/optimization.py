@@ -29,7 +29,7 @@ def make_optimizer(
     """An optimizer for the parameters of a model that want a gradient.
 
     Args:
-        model: with ``pretrained_parameters()`` if the factor is not 1.
+        model: with ``backbone_parameters()`` if the factor is not 1.
         name: ``"sgd"``, with momentum 0.9, or ``"adamw"``.
         learning_rate: of the optimizer.
         weight_decay: of the optimizer.
@@ -38,7 +38,7 @@ def make_optimizer(
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": parameters}]
     if pretrained_lr_factor != 1:
-        pretrained = {id(p) for p in model.pretrained_parameters()}
+        pretrained = {id(p) for p in model.backbone_parameters()}
         slow = [p for p in parameters if id(p) in pretrained]
         groups = [
             {"params": [p for p in parameters if id(p) not in pretrained]},

@@ -11,7 +11,7 @@ from eecs598.training.optimization import make_optimizer, weight_average
 
 def test_pretrained_layers_learn_more_slowly():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    model.pretrained_parameters = lambda: list(model[0].parameters())
+    model.backbone_parameters = lambda: list(model[0].parameters())
     model[1].bias.requires_grad_(False)
     optimizer = make_optimizer(model, "sgd", 0.5, 0.0, pretrained_lr_factor=0.1)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
