@@ -249,7 +249,9 @@ def train_detector(
     history = run.restore(state) if run is not None else {}
     done = len(history.get("iteration", ()))
     network = _training_network(detector, device, compile)
-    num_classes = getattr(detector, "num_classes", None)
+    # A GPU's batches are checked before the transfer, where looking at values costs no waiting.
+    checked_here = device.type != "cpu" or not getattr(detector, "checks_batches", False)
+    num_classes = getattr(detector, "num_classes", None) if checked_here else None
 
     catching_signals = run.catching_signals() if run is not None else contextlib.nullcontext()
     with catching_signals, TrainingLogger(history, max_iters, run) as logger:

@@ -1,4 +1,6 @@
-"""Parts that any detector on a feature pyramid shares: backbone + FPN, locations, NMS.
+"""Parts that any detector on a feature pyramid shares: backbone, FPN, locations, NMS, checks.
+
+``Detector`` says what a detector has to offer to be trained and evaluated by ``a4_helper``.
 
 Symbols used throughout: B images, N locations, M boxes, C classes, K detections. Boxes are
 ``(x1, y1, x2, y2)`` in pixels of the image tensor they belong to.
@@ -11,7 +13,8 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import torch
 import torchvision
@@ -20,7 +23,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.feature_extraction import create_feature_extractor
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # part of typing from Python 3.11 on
+
 __all__ = [
+    "Detector",
     "DetectorBackboneWithFPN",
     "PretrainedWeightsWarning",
     "at_least_float32",
@@ -36,7 +43,7 @@ __all__ = [
 # Feature maps that feed the pyramid, with the stride (image pixels per cell) of each.
 STAGE_STRIDES = {"c3": 8, "c4": 16, "c5": 32}
 
-# A server that accepts a connection and then says nothing must not hang the building of a model.
+# A server that accepts a connection and then stays silent must not block building a model.
 DOWNLOAD_TIMEOUT_SECONDS = 30.0
 
 
@@ -46,38 +53,103 @@ def hello_common() -> None:
 
 
 # --------------------------------------------------------------------------------------------
+# Interface of a detector
+# --------------------------------------------------------------------------------------------
+
+
+class Detector(Protocol):
+    """What ``a4_helper`` trains and evaluates: an ``nn.Module`` that can be called in two ways.
+
+    ``one_stage_detector.FCOS`` is one; a two-stage detector can be another. The methods below
+    other than ``__call__`` are those of ``nn.Module``. More is optional, and a detector without
+    any of it still trains and evaluates:
+
+    - ``num_classes``, an int: ``train_detector`` checks every batch with ``check_training_batch``
+      while it is in host memory. Without it, batches are not checked.
+    - ``checks_batches = True``: the detector itself checks batches that reach it on the CPU, and
+      ``train_detector`` checks only those that it moves to another device.
+    - ``compile_network(compile)``: compiles the part whose shapes are the same in every training
+      step. Without it, ``train_detector(compile=True)`` compiles the whole module.
+    - ``backbone_parameters()``: the parameters whose learning rate ``backbone_lr_factor``
+      multiplies. Only a factor other than 1 needs it.
+    """
+
+    training: bool
+
+    @overload
+    def __call__(self, images: Tensor, gt_boxes: Tensor, /) -> dict[str, Tensor]:
+        """Return the losses in training mode.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+            gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id; rows of -1 are padding.
+
+        Returns:
+            Scalars by name; their sum is minimized.
+        """
+
+    @overload
+    def __call__(
+        self, images: Tensor, /, *, test_score_thresh: float, test_nms_thresh: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the detections of one image in evaluation mode.
+
+        Args:
+            images: ``(1, 3, H, W)``.
+            test_score_thresh: detections score above it.
+            test_nms_thresh: IoU above which the lower of two detections of a class is dropped.
+
+        Returns:
+            Boxes ``(K, 4)``, class ids ``(K,)`` and scores ``(K,)`` by decreasing score.
+        """
+
+    def train(self, mode: bool = True) -> Self: ...
+
+    def eval(self) -> Self: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Self: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
+# --------------------------------------------------------------------------------------------
 # Backbone and feature pyramid
 # --------------------------------------------------------------------------------------------
 
 
 class PretrainedWeightsWarning(UserWarning):
-    """ImageNet weights were asked for and are not to be had."""
+    """Pretrained weights were requested but could not be loaded."""
 
 
 class DetectorBackboneWithFPN(nn.Module):
     """A classification network and a feature pyramid on top of its last three stages.
 
     The pyramid follows Lin et al., "Feature Pyramid Networks for Object Detection"
-    (arXiv 1612.03144), figure 3: a 1x1 lateral convolution per stage, nearest-neighbour top-down
-    upsampling and addition, a 3x3 output convolution per level.
+    (arXiv 1612.03144), section 3 and figure 3: a 1x1 lateral convolution per stage,
+    nearest-neighbor top-down upsampling and addition, a 3x3 output convolution per level.
+    Building one prints the shapes of the three stages for an example input.
 
     Args:
         out_channels: channels of every pyramid level.
         backbone: name of a torchvision classification network that has stages of stride 8, 16
             and 32 (``"regnet_x_400mf"``, ``"resnet50"``, ``"regnet_x_3_2gf"``, ...), or
             ``"timm:NAME"`` for a network of the optional package timm.
-        weights: ``"DEFAULT"`` for ImageNet weights (from the local cache, otherwise downloaded;
-            where neither is possible the network starts from random weights and a warning says
-            so), ``None`` for random weights, or the path of a state dict of the classification
-            network.
+        weights: ``"DEFAULT"`` for ImageNet weights, ``None`` for random weights, or the path of a
+            state dict of the classification network. ImageNet weights come from the local cache
+            or are downloaded; where neither is possible, the network starts from random weights
+            with a ``PretrainedWeightsWarning``.
 
     Raises:
-        ValueError: unknown network, a network without the three strides, or a weights file that
-            is missing, unreadable or belongs to another network.
+        ValueError: an unknown network, a network without the three strides, or a weights file
+            that is missing, unreadable or belongs to another network.
 
     Example:
         >>> model = DetectorBackboneWithFPN(64, weights=None)  # doctest: +ELLIPSIS
-        For dummy input ...
+        For dummy input images with shape: ...
         >>> {name: tuple(feat.shape) for name, feat in model(torch.rand(1, 3, 64, 96)).items()}
         {'p3': (1, 64, 8, 12), 'p4': (1, 64, 4, 6), 'p5': (1, 64, 2, 3)}
     """
@@ -110,14 +182,14 @@ class DetectorBackboneWithFPN(nn.Module):
 
     @property
     def fpn_strides(self) -> dict[str, int]:
-        """Image pixels between neighbouring locations, per pyramid level."""
+        """Image pixels between neighboring locations, per pyramid level."""
         return {f"p{stage[1:]}": stride for stage, stride in STAGE_STRIDES.items()}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the pyramid.
+        """Compute the pyramid of a batch.
 
         Args:
-            images: ``(B, 3, H, W)``, any H and W.
+            images: ``(B, 3, H, W)``; H and W are arbitrary.
 
         Returns:
             ``{"p3": (B, out_channels, ceil(H / 8), ceil(W / 8)), "p4": ..., "p5": ...}``.
@@ -128,8 +200,8 @@ class DetectorBackboneWithFPN(nn.Module):
         for stage in reversed(STAGE_STRIDES):
             merged = self.fpn_params[f"lateral_{stage}"](features[stage])
             if top_down is not None:
-                # To the lateral's own size, not by a factor of two: sides of the image need not
-                # be multiples of 32.
+                # To the size of the lateral, not by a factor of two: the sides of the image need
+                # not be multiples of 32.
                 merged = merged + F.interpolate(top_down, size=merged.shape[-2:], mode="nearest")
             top_down = merged
             level = f"p{stage[1:]}"
@@ -154,16 +226,16 @@ def _build_backbone(name: str, weights: str | os.PathLike | None) -> nn.Module:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
         return build(name, "DEFAULT")
-    # URLError, HTTPError and time-outs are OSErrors; a broken download fails torch.hub's hash
-    # check with a RuntimeError.
+    # URLError, HTTPError and time-outs are OSErrors; an incomplete download fails the hash check
+    # of torch.hub with a RuntimeError.
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"\n{'!' * 88}\n"
             f"NO PRETRAINED WEIGHTS for the backbone {name!r}: {error}\n"
-            "The backbone starts from RANDOM weights. Everything runs, but a detector trained on a"
-            "\nfew thousand photographs from such a start ends far below a pretrained one: expect"
-            "\nless than half of its mAP. Connect to the network once, or pass weights=FILE; pass"
-            "\nweights=None if random weights are what you want.\n"
+            "The backbone starts from RANDOM weights. Everything runs, but after training on a few"
+            "\nthousand photographs, expect less than half of the mAP of a pretrained backbone."
+            "\nConnect to the network once, or pass weights=FILE; pass weights=None if you want"
+            "\nrandom weights.\n"
             f"{'!' * 88}",
             PretrainedWeightsWarning,
             stacklevel=3,
@@ -174,6 +246,7 @@ def _build_backbone(name: str, weights: str | os.PathLike | None) -> nn.Module:
 
 
 def _build_torchvision(name: str, weights: str | os.PathLike | None) -> nn.Module:
+    """Cut the stages c3, c4, c5 out of a torchvision network. Weights as in ``_build_backbone``."""
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"backbone={name!r} is not a classification network of torchvision. Expected a name "
@@ -188,6 +261,7 @@ def _build_torchvision(name: str, weights: str | os.PathLike | None) -> nn.Modul
 
 
 def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
+    """Cut the stages c3, c4, c5 out of a timm network. Weights as in ``_build_backbone``."""
     try:
         import timm
     except ImportError:
@@ -198,9 +272,9 @@ def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
     name = name.removeprefix("timm:")
     if not timm.is_model(name):
         raise ValueError(
-            f"timm has no network called {name!r}; timm.list_models() lists those it has."
+            f"timm has no network called {name!r}; timm.list_models() lists all of them."
         )
-    # The file goes through timm's own loader, which drops the classifier and renames old keys.
+    # timm's own loader reads the file, because it drops the classifier and renames old keys.
     overlay = {"file": os.fspath(weights)} if weights not in (None, "DEFAULT") else None
     try:
         model = timm.create_model(
@@ -212,19 +286,24 @@ def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
                 f"{str(weights)!r} does not hold weights of timm's {name!r}: {error}"
             ) from error
         raise
-    reductions = model.feature_info.reduction()
+    feature_info: Any = model.feature_info
+    reductions = feature_info.reduction()
     if not set(STAGE_STRIDES.values()) <= set(reductions):
         raise ValueError(_missing_strides(f"timm:{name}", reductions))
     return _NamedStages(model, [reductions.index(stride) for stride in STAGE_STRIDES.values()])
 
 
 class _NamedStages(nn.Module):
-    """Give names to three of the feature maps that a timm network returns as a list.
+    """Name three of the feature maps that a timm network returns as a list.
 
-    Images are filled up with zeros to sides that the coarsest stride divides, at the right and at
-    the bottom, and the maps cut back to ``ceil(side / stride)``. Networks with TensorFlow's "same"
-    padding distribute it by the parity of each side, so that on other sizes than those of the
-    training the maps, and with them all boxes, would be shifted by up to half a stride a level.
+    Images are padded with zeros, at the right and at the bottom, to multiples of the coarsest
+    stride, and the maps are cropped to ``ceil(side / stride)``. Otherwise networks with the "same"
+    padding of TensorFlow, which depends on the parity of each side, would shift the maps, and with
+    them all boxes, by up to half a stride per level on sizes other than those of training.
+
+    Args:
+        model: returns a list of feature maps.
+        indices: of the stages c3, c4, c5 in this list.
     """
 
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
@@ -243,10 +322,11 @@ class _NamedStages(nn.Module):
 
 
 def _load_backbone_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
+    """Load a state dict into the network ``name``; ValueError if it does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    except Exception as error:  # unpickling garbage raises almost anything
+    except Exception as error:  # unpickling a damaged file raises almost any exception
         raise ValueError(
             f"{str(path)!r} does not hold a state dict of the network {name!r}: {error}"
         ) from error
@@ -256,16 +336,16 @@ def _find_stages(model: nn.Module, name: str) -> dict[str, str]:
     """Find the modules of a classification network that end the stages c3, c4 and c5.
 
     A stage ends at the last module whose output has the stage's stride. Modules nested deeper
-    than others of the same stride are not candidates: the first convolution of a bottleneck still
-    has the stride of the stage before, and would win otherwise.
+    than others of the same stride are no candidates: the first convolution of a bottleneck still
+    has the stride of the previous stage and would be chosen otherwise.
 
     Returns:
         ``{"c3": qualified module name, "c4": ..., "c5": ...}``.
     """
-    side = 288  # a multiple of 32 at which a 7x7 adaptive pooling can't pass for stride 32
+    side = 288  # a multiple of 32 at which the output of a 7x7 adaptive pooling is not stride 32
     best: dict[int, tuple[int, str]] = {}
 
-    def record(module_name: str):
+    def record(module_name: str) -> Callable[[nn.Module, tuple, object], None]:
         def hook(_module: nn.Module, _inputs: tuple, output: object) -> None:
             if not isinstance(output, Tensor) or output.dim() != 4:
                 return
@@ -287,7 +367,7 @@ def _find_stages(model: nn.Module, name: str) -> dict[str, str]:
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, side, side))
-    except (AssertionError, RuntimeError) as error:  # networks bound to one input size
+    except (AssertionError, RuntimeError) as error:  # networks for a single input size
         raise ValueError(f"backbone={name!r} can't take images of any size: {error}") from error
     finally:
         model.train(was_training)
@@ -299,6 +379,7 @@ def _find_stages(model: nn.Module, name: str) -> dict[str, str]:
 
 
 def _missing_strides(name: str, found: Sequence[int]) -> str:
+    """Explain that a network lacks a stage."""
     return (
         f"backbone={name!r} has no feature maps of stride 8, 16 and 32 in (B, C, H, W) layout "
         f"(found strides {list(found)}). Choose a convolutional network that has them."
@@ -307,7 +388,7 @@ def _missing_strides(name: str, found: Sequence[int]) -> str:
 
 @torch.no_grad()
 def _stage_shapes(backbone: nn.Module, shape: torch.Size) -> dict[str, torch.Size]:
-    """Shapes of c3, c4, c5 for an input shape. Leaves batch-norm statistics and mode untouched."""
+    """Return the shapes of c3, c4, c5 for an input shape; mode and batch norms stay as they are."""
     was_training = backbone.training
     reference = next(backbone.parameters())
     images = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
@@ -327,11 +408,12 @@ def get_fpn_location_coords(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Image coordinates of the centre of every feature-map cell.
+    """Compute the image coordinates of the center of every feature-map cell.
 
-    The order is x-major: all locations of the first column, then the second, and so on. It is the
-    order of every per-location tensor in this code, so that location n and prediction n mean the
-    same place (``one_stage_detector.FCOSPredictionNetwork`` flattens its maps alike).
+    This is the mapping of FCOS, section 3.1. The order is x-major: all locations of the first
+    column, then of the second, and so on. Every per-location tensor in this code has this order, so
+    that location n and prediction n mean the same place
+    (``one_stage_detector.FCOSPredictionNetwork`` flattens its maps alike).
 
     Args:
         shape_per_fpn_level: ``(B, channels, H, W)`` of each level's feature map.
@@ -340,8 +422,11 @@ def get_fpn_location_coords(
         device: of the result.
 
     Returns:
-        Per level ``(W * H, 2)`` coordinates ``(xc, yc)``: cell (row i, column j) lies at
-        ``(stride * (j + 0.5), stride * (i + 0.5))``.
+        Per level ``(W * H, 2)`` coordinates ``(xc, yc)``: the center of the cell in row i and
+        column j is ``(stride * (j + 0.5), stride * (i + 0.5))``.
+
+    Raises:
+        ValueError: a level without a stride, or a shape that is not of four dimensions.
 
     Example:
         >>> get_fpn_location_coords({"p3": (1, 64, 2, 3)}, {"p3": 8})["p3"].tolist()
@@ -373,10 +458,10 @@ def get_fpn_location_coords(
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5) -> Tensor:
-    """Greedy non-maximum suppression.
+    """Run greedy non-maximum suppression.
 
-    Boxes are visited by decreasing score (equal scores in input order). Each box that is still
-    there is kept and removes every later box that overlaps it with an IoU above the threshold.
+    Boxes are visited by decreasing score (equal scores in input order). Each box that is not
+    suppressed yet is kept and suppresses every later box whose IoU with it is above the threshold.
 
     Args:
         boxes: ``(K, 4)`` XYXY with ``x1 <= x2`` and ``y1 <= y2``.
@@ -402,11 +487,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float = 0.5) -> Tensor:
 def class_spec_nms(
     boxes: Tensor, scores: Tensor, class_ids: Tensor, iou_threshold: float = 0.5
 ) -> Tensor:
-    """Non-maximum suppression in which only boxes of the same class suppress each other.
+    """Run non-maximum suppression in which only boxes of the same class suppress each other.
 
-    Classes are compared as they are. The usual trick, shifting each class to its own region of
-    the plane and running plain NMS, rounds coordinates and so changes results when they are
-    large or of low precision.
+    Class ids are compared directly. The usual trick, shifting each class to a region of its own
+    and running plain NMS, rounds coordinates and so changes results where coordinates are large
+    or of low precision.
 
     Args:
         boxes: ``(K, 4)`` XYXY.
@@ -419,6 +504,11 @@ def class_spec_nms(
 
     Raises:
         ValueError: shapes that do not belong together, or a threshold outside [0, 1].
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [0, 0, 10, 10]])
+        >>> class_spec_nms(boxes, torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0, 0, 1])).tolist()
+        [1, 2]
     """
     _check_nms_inputs(boxes, scores, iou_threshold)
     if class_ids.shape != scores.shape:
@@ -437,52 +527,55 @@ _NMS_BLOCK = 192
 def _greedy_nms(
     boxes: Tensor, scores: Tensor, class_ids: Tensor | None, iou_threshold: float
 ) -> Tensor:
-    """Greedy NMS, of each class for itself where there are classes."""
-    boxes = _without_degenerate(at_least_float32(boxes))
-    threshold = _largest_not_above(iou_threshold, boxes.dtype)
+    """Run greedy NMS, within each class if class ids are given.
+
+    The boxes of each class are a row, sorted by score, and all rows are processed in parallel.
+    """
+    boxes = _zero_degenerate_boxes(at_least_float32(boxes))
+    threshold = _round_down(iou_threshold, boxes.dtype)
     sides = F.pad(boxes, (0, 0, 0, 1)).T.contiguous()  # (4, K + 1): box K is empty
     by_score = scores.argsort(descending=True, stable=True)
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    for rows in _class_rows(by_score, class_ids):
-        keep[_kept(rows, sides, threshold)] = True
+    for rows in _rows_by_class(by_score, class_ids):
+        keep[_nms_of_rows(rows, sides, threshold)] = True
     return by_score[keep[by_score]]
 
 
-def _kept(rows: Tensor, sides: Tensor, threshold: float) -> Tensor:
-    """Indices of the boxes that NMS keeps of each row.
+def _nms_of_rows(rows: Tensor, sides: Tensor, threshold: float) -> Tensor:
+    """Run NMS within each row and return the indices of the kept boxes, in no particular order.
 
-    Block by block: settle the best boxes among themselves, then drop what they overlap.
+    Block by block: decide which of the best boxes are kept, then drop what they suppress.
 
     Args:
-        rows: (C, n) indices of boxes by falling score, all rows side by side. They are filled up
-            with K, the index of an empty box, which overlaps nothing.
+        rows: (C, n) indices of boxes by decreasing score, one row per class, padded with K, the
+            index of an empty box, which overlaps nothing.
         sides: (4, K + 1).
         threshold: of the IoU.
     """
     padding = sides.shape[1] - 1
     block_size = min(_NMS_BLOCK, math.ceil(math.sqrt(_NMS_PAIRS / len(rows))))
-    kept = []
+    kept_indices = []
     while rows.numel() > 0:
         block, rest = rows[:, :block_size], rows[:, block_size:]
-        winners = _survivors(_taken(sides, block), threshold) & (block != padding)
-        kept.append(block[winners])
+        kept = _nms_of_block(_gather_sides(sides, block), threshold) & (block != padding)
+        kept_indices.append(block[kept])
         if rest.numel() == 0:
             break
-        first = _taken(sides, _packed(block, winners, padding))
-        overlaps = [
-            _pairwise_iou(first, _taken(sides, part)).amax(dim=1)
-            for part in rest.split(max(1, _NMS_PAIRS // first[0].numel()), dim=1)
+        suppressors = _gather_sides(sides, _compact_rows(block, kept, padding))
+        largest_iou = [
+            _pairwise_iou(suppressors, _gather_sides(sides, part)).amax(dim=1)
+            for part in rest.split(max(1, _NMS_PAIRS // suppressors[0].numel()), dim=1)
         ]
-        suppressed = torch.cat(overlaps, dim=1) > threshold
-        rows = _packed(rest, (rest != padding) & ~suppressed, padding)
-    return torch.cat(kept)
+        suppressed = torch.cat(largest_iou, dim=1) > threshold
+        rows = _compact_rows(rest, (rest != padding) & ~suppressed, padding)
+    return torch.cat(kept_indices)
 
 
-def _without_degenerate(boxes: Tensor) -> Tensor:
-    """Boxes (K, 4) with those that overlap nothing, having no finite area, put to zero.
+def _zero_degenerate_boxes(boxes: Tensor) -> Tensor:
+    """Set boxes (K, 4) without a positive, finite area, which overlap nothing, to zero.
 
-    Their IoU could be NaN with a proper box, which would hide that box's other overlaps in a
-    maximum. That of two zero boxes still is, and is above no threshold.
+    Their IoU with a proper box could be NaN, which would hide that box's other overlaps in a
+    maximum. The IoU of two zero boxes is still NaN, but NaN is not above any threshold.
     """
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     area = (x2 - x1) * (y2 - y1)
@@ -490,11 +583,11 @@ def _without_degenerate(boxes: Tensor) -> Tensor:
     return boxes.masked_fill(~proper[:, None], 0)
 
 
-def _class_rows(by_score: Tensor, class_ids: Tensor | None) -> list[Tensor]:
-    """Indices (K,) of boxes as rows (C, n), one a class, in their order, filled up with K.
+def _rows_by_class(by_score: Tensor, class_ids: Tensor | None) -> list[Tensor]:
+    """Group the indices (K,) by class, in their order: a row per class, padded with K.
 
-    One large class would fill up the rows of all others to its length. So only classes whose
-    sizes are less than fourfold apart are together.
+    Padding all classes to the length of the largest would waste work. So rows (C, n) are grouped
+    such that their lengths differ by less than a factor of four.
     """
     if class_ids is None:
         return [by_score[None]] if len(by_score) else []
@@ -507,37 +600,44 @@ def _class_rows(by_score: Tensor, class_ids: Tensor | None) -> list[Tensor]:
     ]
 
 
-def _packed(rows: Tensor, keep: Tensor, padding: int) -> Tensor:
-    """Rows (C, n) without what is not kept (C, n); rows with nothing left are dropped."""
+def _compact_rows(rows: Tensor, keep: Tensor, padding: int) -> Tensor:
+    """Move the kept entries of rows (C, n) to the front, in order; drop rows that become empty.
+
+    Args:
+        rows: (C, n) indices.
+        keep: (C, n) mask.
+        padding: fills the rows up to the length of the longest.
+    """
     position = keep.cumsum(dim=1)
     counts = position[:, -1]
     longest = int(counts.max())
-    packed = rows.new_full((len(rows), longest + 1), padding)
-    packed.scatter_(1, (position - 1).where(keep, longest), rows)  # the last column is for waste
-    return packed[counts > 0, :longest]
+    compact = rows.new_full((len(rows), longest + 1), padding)
+    # What is not kept goes to one more column, which is cut off.
+    compact.scatter_(1, (position - 1).where(keep, longest), rows)
+    return compact[counts > 0, :longest]
 
 
-def _taken(sides: Tensor, rows: Tensor) -> Tensor:
-    """Sides (4, K + 1) of the boxes with these indices (C, n): (4, C, n)."""
+def _gather_sides(sides: Tensor, rows: Tensor) -> Tensor:
+    """Look up the sides of boxes: (4, K + 1), indices (C, n) -> (4, C, n)."""
     return sides.index_select(1, rows.flatten()).unflatten(1, rows.shape)
 
 
-def _survivors(sides: Tensor, threshold: float) -> Tensor:
-    """Which boxes NMS keeps in rows (4, C, n) of boxes by falling score: (C, n)."""
-    # conflict[c, i, j]: 1 where box i, when kept, removes the later box j.
-    conflict = _pairwise_iou(sides, sides).gt_(threshold).triu_(diagonal=1)
-    # Whether a box survives depends only on earlier ones, so repeating the rule settles at least
-    # one more box a round and ends at the one greedy answer, in practice after a few rounds.
-    survives = torch.ones_like(sides[0])
+def _nms_of_block(sides: Tensor, threshold: float) -> Tensor:
+    """Run NMS within each row of boxes by decreasing score: (4, C, n) -> mask (C, n)."""
+    # suppresses[c, i, j]: 1 where box i, if kept, suppresses the later box j.
+    suppresses = _pairwise_iou(sides, sides).gt_(threshold).triu_(diagonal=1)
+    # Whether a box is kept depends on earlier ones only. So every repetition of the rule settles
+    # at least one more box, and the fixed point is the greedy result, in practice after a few.
+    keep = torch.ones_like(sides[0])
     while True:
-        updated = (survives[:, None].bmm(conflict)[:, 0] == 0).to(sides.dtype)
-        if torch.equal(updated, survives):
-            return survives.bool()
-        survives = updated
+        updated = (keep[:, None].bmm(suppresses)[:, 0] == 0).to(sides.dtype)
+        if torch.equal(updated, keep):
+            return keep.bool()
+        keep = updated
 
 
 def _pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of all pairs of boxes in each row: (4, C, n), (4, C, m) -> (C, n, m).
+    """Compute the IoU of all pairs of boxes in each row: (4, C, n), (4, C, m) -> (C, n, m).
 
     Two empty boxes give NaN; disjoint boxes 0 or less. The order of operations is torchvision's,
     so that both round alike.
@@ -551,12 +651,12 @@ def _pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     return intersection.div_(areas.sub_(intersection))
 
 
-def _largest_not_above(value: float, dtype: torch.dtype) -> float:
-    """The largest number of ``dtype`` that is not above ``value``.
+def _round_down(value: float, dtype: torch.dtype) -> float:
+    """Return the largest number of ``dtype`` that is not above ``value``.
 
-    torchvision compares a float32 IoU with a double-precision threshold. Comparing in float32
-    would round 0.7 down and 0.3 up, and keep or drop boxes that lie just there. For a float32 x,
-    ``x > value`` holds exactly when x is above this number.
+    torchvision compares a float32 IoU with a double-precision threshold. Rounding the threshold to
+    the nearest float32 would move 0.7 down and 0.3 up, and so keep or drop boxes with an IoU in
+    between. For a float32 x, ``x > value`` holds exactly when x is above this number.
     """
     rounded = torch.tensor(value, dtype=dtype)
     if rounded.item() > value:
@@ -565,7 +665,7 @@ def _largest_not_above(value: float, dtype: torch.dtype) -> float:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
+    """Convert half precision to float32; float32 and float64 stay as they are."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -587,26 +687,29 @@ def check_images(images: Tensor) -> None:
     if not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype}; expected a floating-point type. Scale pixels to [0, 1] "
-            "and normalise them first."
+            "and normalize them first."
         )
     if not torch.isfinite(images).all():
         bad = (~torch.isfinite(images)).flatten(1).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
-            f"images {bad} of the batch hold NaN or infinite pixels; check how they were decoded "
-            "and normalised."
+            f"images {bad} of the batch contain NaN or infinite pixels; check how they were "
+            "decoded and normalized."
         )
 
 
 def check_training_batch(images: Tensor, gt_boxes: Tensor, num_classes: int) -> None:
-    """Raise ValueError when a training batch can't be what a detector expects.
+    """Raise ValueError unless a training batch is what a detector expects.
 
-    Reads values, so call it on tensors in host memory: on a GPU each check would wait for the
-    device.
+    Call it on tensors in host memory: it reads values, and each read would wait for a GPU.
+    ``Detector`` says who calls it, so that each batch is checked once.
 
     Args:
         images: ``(B, 3, H, W)``, finite.
         gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id; rows of -1 are padding.
-        num_classes: class ids must be below it.
+        num_classes: class ids have to be below it.
+
+    Raises:
+        ValueError: wrong shapes, pixels that are not finite, or impossible classes or boxes.
     """
     check_images(images)
     if gt_boxes.dim() != 3 or gt_boxes.shape[-1] != 5 or len(gt_boxes) != len(images):
@@ -617,24 +720,25 @@ def check_training_batch(images: Tensor, gt_boxes: Tensor, num_classes: int) -> 
     classes = gt_boxes[..., 4]
     if (classes >= num_classes).any() or (classes < -1).any() or (classes % 1 != 0).any():
         raise ValueError(
-            f"gt_boxes hold class ids from {classes.min():g} to {classes.max():g}; a detector of "
-            f"num_classes={num_classes} expects whole numbers 0..{num_classes - 1}, and -1 for "
+            f"gt_boxes contain class ids from {classes.min():g} to {classes.max():g}; a detector "
+            f"of num_classes={num_classes} expects whole numbers 0..{num_classes - 1}, and -1 for "
             "padding. Build it with as many classes as the data has."
         )
     boxes = gt_boxes[classes >= 0][:, :4]
     reversed_sides = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
     if not torch.isfinite(boxes).all() or reversed_sides.any():
         raise ValueError(
-            "gt_boxes hold a box that is not finite or has x2 < x1 or y2 < y1; expected XYXY in "
-            f"pixels. First one: {boxes[reversed_sides | ~boxes.isfinite().all(1)][0].tolist()}"
+            "gt_boxes contain a box that is not finite or has x2 < x1 or y2 < y1; expected XYXY in "
+            f"pixels. The first one: {boxes[reversed_sides | ~boxes.isfinite().all(1)][0].tolist()}"
         )
 
 
 def _check_nms_inputs(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
+    """Raise ValueError unless these are arguments for ``nms``."""
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected (K, 4).")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(
-            f"scores have shape {tuple(scores.shape)}; expected ({len(boxes)},), one a box."
+            f"scores have shape {tuple(scores.shape)}; expected ({len(boxes)},), one per box."
         )
     check_threshold("iou_threshold", iou_threshold)

@@ -1,14 +1,15 @@
-"""FCOS: Fully Convolutional One-Stage Object Detection (Tian et al., arXiv 1904.01355).
+"""FCOS: Fully Convolutional One-Stage Object Detection (Tian et al., arXiv 1904.01355v5).
 
-The detector of the assignment: a backbone with a feature pyramid (``common.py``), one head shared
-by all pyramid levels that predicts at every location a class, the four distances to the sides of
-a box and a centerness, the targets and losses to train it, and the post-processing.
+The detector of the assignment, in the order in which the paper builds it: the head on the feature
+pyramid of ``common.py`` (figure 2), the targets of every location (section 3.1, equations 1 and
+3), the training loss (equation 2), the post-processing, and ``FCOS``, which joins them.
 
-It differs from the paper where the assignment does: three levels (p3 to p5), centerness beside
-the box regression, distances regressed directly in units of the stride with an L1 loss, and
-losses normalised by a moving average of the number of foreground locations. What the paper and
-its successors do instead (GIoU loss, group norm, a scale per level, centre sampling) are
-keyword-only arguments of ``FCOS``.
+It differs from the paper where the assignment does: three levels (p3 to p5), size ranges counted
+in strides, centerness beside the box regression, distances regressed directly in units of the
+stride with an L1 loss, and losses normalized by a moving average of the number of foreground
+locations. What the paper and its successors do instead (GIoU loss, group norm, a scale per level,
+center sampling) are keyword-only arguments of ``FCOS``. ``docs/paper.md`` lists both, each with
+the function and the test.
 
 Symbols: B images, N locations (of one level, or of all levels joined), M boxes, C classes, K
 detections. Locations are x-major, see ``common.get_fpn_location_coords``. Boxes are XYXY in
@@ -20,6 +21,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +41,13 @@ from common import (
 from eecs598.runtime import mean_over_processes
 
 __all__ = [
+    "BOX_LOSSES",
     "FCOS",
+    "FCOSLoss",
+    "FCOSPostProcessor",
     "FCOSPredictionNetwork",
+    "LocationTargets",
+    "NetworkOutputs",
     "fcos_apply_deltas_to_locations",
     "fcos_get_deltas_from_locations",
     "fcos_level_ranges",
@@ -48,11 +56,11 @@ __all__ = [
     "hello_one_stage_detector",
 ]
 
-# Where the caller of evaluation gives no thresholds: those of the assignment's own evaluation.
+# For calls in evaluation mode without thresholds: those of the assignment's own evaluation.
 DEFAULT_SCORE_THRESH = 0.4
 DEFAULT_NMS_THRESH = 0.6
 
-# Centerness is about 0.4 on average, and it weighs the GIoU loss.
+# The GIoU loss is weighted by centerness, which is about 0.4 on average.
 GIOU_WEIGHT = 2.0
 
 GROUP_NORM_GROUPS = 32
@@ -69,7 +77,7 @@ def hello_one_stage_detector() -> None:
 
 
 class FCOSPredictionNetwork(nn.Module):
-    """The head that all pyramid levels share (paper, figure 2).
+    """The head that all pyramid levels share (paper, section 3.1 and figure 2).
 
     Two stems of 3x3 convolutions with ReLU: one ends in the class logits, the other in the box
     deltas and the centerness logit.
@@ -81,7 +89,10 @@ class FCOSPredictionNetwork(nn.Module):
         norm: ``"none"``, or ``"group"`` for group norm (arXiv 1803.08494) after each stem
             convolution, as in the paper.
         scaled_levels: names of the levels whose deltas are multiplied with a learned scale of
-            their own (paper, section 3.2, the ``s_i`` of the exponential).
+            their own (paper, section 3.2, the ``s_i`` in ``exp(s_i x)``, here without ``exp``).
+
+    Raises:
+        ValueError: no class, or an unknown norm.
     """
 
     def __init__(
@@ -117,11 +128,12 @@ class FCOSPredictionNetwork(nn.Module):
         self.scales = nn.ParameterDict({level: torch.tensor(1.0) for level in scaled_levels})
 
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
-        # Every class starts at probability 0.01, so that the many background locations don't
-        # swamp the first iterations (focal loss, arXiv 1708.02002, section 4.1).
+        # Every class starts at probability 0.01, so that the many background locations do not
+        # dominate the first iterations (focal loss, arXiv 1708.02002, section 4.1).
+        assert self.pred_cls.bias is not None
         nn.init.constant_(self.pred_cls.bias, -math.log(99))
 
     def forward(self, feats_per_fpn_level: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -134,7 +146,9 @@ class FCOSPredictionNetwork(nn.Module):
             Class logits, deltas and centerness logits: three dicts with, per level, tensors of
             shape ``(B, W * H, C)``, ``(B, W * H, 4)`` and ``(B, W * H, 1)``, x-major.
         """
-        class_logits, deltas, centerness_logits = {}, {}, {}
+        class_logits: dict[str, Tensor] = {}
+        deltas: dict[str, Tensor] = {}
+        centerness_logits: dict[str, Tensor] = {}
         for level, feats in feats_per_fpn_level.items():
             class_feats, box_feats = self.stem_cls(feats), self.stem_box(feats)
             class_logits[level] = _flatten_x_major(self.pred_cls(class_feats))
@@ -149,9 +163,25 @@ def _flatten_x_major(feats: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, W * H, C), in the order of ``get_fpn_location_coords``.
 
     Flattening over (H, W) instead would pair each location with the prediction of its mirror
-    image across the diagonal. Such a detector still trains, at half of the accuracy.
+    image across the diagonal. Such a detector still trains, to half of the mAP.
     """
     return feats.permute(0, 3, 2, 1).flatten(1, 2)
+
+
+class NetworkOutputs(NamedTuple):
+    """What backbone, pyramid and head compute for a batch; each output is a dict of levels.
+
+    Attributes:
+        locations: ``(N, 2)`` image coordinates of each level, x-major.
+        class_logits: ``(B, N, C)`` of each level.
+        deltas: ``(B, N, 4)`` of each level: left, top, right, bottom in strides.
+        centerness_logits: ``(B, N, 1)`` of each level.
+    """
+
+    locations: Mapping[str, Tensor]
+    class_logits: Mapping[str, Tensor]
+    deltas: Mapping[str, Tensor]
+    centerness_logits: Mapping[str, Tensor]
 
 
 # --------------------------------------------------------------------------------------------
@@ -166,23 +196,25 @@ def fcos_match_locations_to_gt(
     *,
     center_radius: float | None = None,
 ) -> dict[str, Tensor]:
-    """Assign to every location of one image a ground-truth box or background (paper, section 3.2).
+    """Assign a ground-truth box or background to every location of one image.
 
-    A location matches a box when it lies strictly inside and the box suits its level: the largest
-    of the four distances to the box's sides lies strictly between 4 and 8 strides, without the
-    lower bound on the finest level and without the upper bound on the coarsest. Of several
-    matching boxes the one with the smallest area wins.
+    A location matches a box when it lies strictly inside (paper, section 3.1) and the box suits
+    its level (section 3.2): the largest of the four distances to the box's sides lies strictly
+    between 4 and 8 strides, without the lower bound on the finest level and without the upper
+    bound on the coarsest. Of several matching boxes the one with the smallest area wins.
 
     Args:
         locations_per_fpn_level: ``(N, 2)`` of each level.
         strides_per_fpn_level: stride of each level.
         gt_boxes: ``(M, 5)`` boxes of one image with class ids; rows of -1 are padding.
-        center_radius: a location also has to lie within so many strides of the centre of the box,
-            in x and in y (centre sampling, arXiv 1904.01355v5, section 3.2). No limit unless
-            given.
+        center_radius: a location also has to lie within this many strides of the center of the
+            box, in x and in y (center sampling, paper, table 3). No limit unless given.
 
     Returns:
         Per level ``(N, 5)``: the matched box and its class id, background rows are -1.
+
+    Raises:
+        ValueError: boxes that are not ``(M, 5)``.
     """
     if gt_boxes.dim() != 2 or gt_boxes.shape[1] != 5:
         raise ValueError(
@@ -199,7 +231,9 @@ def fcos_match_locations_to_gt(
 def fcos_level_ranges(
     strides_per_fpn_level: Mapping[str, int],
 ) -> dict[str, tuple[float, float]]:
-    """Which boxes each level is responsible for, as ``fcos_match_locations_to_gt`` has it.
+    """Return the size range of each level, as ``fcos_match_locations_to_gt`` applies it.
+
+    These are ``m_{i-1}`` and ``m_i`` of the paper's section 3.2, here multiples of the stride.
 
     Args:
         strides_per_fpn_level: stride of each level.
@@ -224,7 +258,7 @@ def _match_locations(
     gt_boxes: Tensor,
     center_radius: float | None,
 ) -> Tensor:
-    """The matching of ``fcos_match_locations_to_gt`` for a batch and all levels at once.
+    """Match as ``fcos_match_locations_to_gt``, for a batch and all levels at once.
 
     Args:
         locations: ``(N, 2)`` of all levels joined.
@@ -248,7 +282,7 @@ def _match_locations(
     matches = (distances.amin(dim=-1) > 0) & (largest > lower) & (largest < upper)
     matches &= gt_boxes[:, None, :, 4] >= 0  # padding matches nothing
     if center_radius is not None:
-        # left - right is twice the distance to the centre in x, top - bottom in y.
+        # left - right is twice the distance to the center in x, top - bottom in y.
         from_center = 0.5 * (distances[..., :2] - distances[..., 2:]).abs().amax(dim=-1)
         matches &= from_center < center_radius * strides  # (B, N, M) < (N, 1)
 
@@ -262,7 +296,9 @@ def _match_locations(
 def fcos_get_deltas_from_locations(
     locations: Tensor, gt_boxes: Tensor, stride: float | Tensor
 ) -> Tensor:
-    """Distances from locations to the sides of their boxes, in strides (paper, equation 1).
+    """Compute distances from locations to the sides of their boxes (paper, equation 1).
+
+    They are counted in strides ("normalization" in the paper's table 3).
 
     Args:
         locations: ``(N, 2)``.
@@ -272,6 +308,9 @@ def fcos_get_deltas_from_locations(
 
     Returns:
         ``(N, 4)``: left, top, right, bottom; background rows are -1.
+
+    Raises:
+        ValueError: other shapes.
     """
     if gt_boxes.shape[-1] not in (4, 5) or locations.shape[-1] != 2:
         raise ValueError(
@@ -288,7 +327,7 @@ def fcos_get_deltas_from_locations(
 def fcos_apply_deltas_to_locations(
     deltas: Tensor, locations: Tensor, stride: float | Tensor
 ) -> Tensor:
-    """Boxes from locations and distances: the inverse of ``fcos_get_deltas_from_locations``.
+    """Compute boxes from locations and distances, the inverse of equation 1.
 
     Negative deltas count as 0, so that the location stays inside its box; the box of a background
     row is the location itself.
@@ -301,6 +340,9 @@ def fcos_apply_deltas_to_locations(
 
     Returns:
         ``(N, 4)`` boxes in pixels.
+
+    Raises:
+        ValueError: other shapes.
     """
     if deltas.shape[-1] != 4 or locations.shape[-1] != 2:
         raise ValueError(
@@ -312,14 +354,17 @@ def fcos_apply_deltas_to_locations(
 
 
 def fcos_make_centerness_targets(deltas: Tensor) -> Tensor:
-    """Centerness of locations inside their boxes (paper, equation 3).
+    """Compute the centerness of locations inside their boxes (paper, equation 3).
 
     Args:
         deltas: ``(N, 4)`` left, top, right, bottom, in any unit; background rows are -1. Leading
             batch dimensions are allowed.
 
     Returns:
-        ``(N,)``: 1 at the centre of the box, 0 on its sides, -1 for background.
+        ``(N,)``: 1 at the center of the box, 0 on its sides, -1 for background.
+
+    Raises:
+        ValueError: another shape.
     """
     if deltas.shape[-1] != 4:
         raise ValueError(f"deltas have shape {tuple(deltas.shape)}; expected (N, 4).")
@@ -331,19 +376,224 @@ def fcos_make_centerness_targets(deltas: Tensor) -> Tensor:
 
 
 def _distances(locations: Tensor, boxes: Tensor) -> Tensor:
-    """Pixels from locations (..., 2) to the left, top, right, bottom of boxes (..., 4 or 5)."""
+    """Compute l*, t*, r*, b* of equation 1 in pixels: (..., 2), (..., 4 or 5) -> (..., 4)."""
     return torch.cat([locations - boxes[..., :2], boxes[..., 2:4] - locations], dim=-1)
 
 
 def _join_levels(
     locations_per_fpn_level: Mapping[str, Tensor], strides_per_fpn_level: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:
-    """Locations (N, 2) of all levels in one tensor, and the stride (N, 1) of each."""
+    """Join the locations of all levels, (N, 2), and return the stride of each, (N, 1)."""
     strides = [
         locations.new_full((len(locations), 1), strides_per_fpn_level[level])
         for level, locations in locations_per_fpn_level.items()
     ]
     return torch.cat(list(locations_per_fpn_level.values())), torch.cat(strides)
+
+
+class LocationTargets(NamedTuple):
+    """What every location of a batch should predict, all levels joined; background is -1.
+
+    Attributes:
+        locations: ``(N, 2)``.
+        strides: ``(N, 1)``, of the location's level.
+        boxes: ``(B, N, 5)``: the matched box and its class id, ``B_i`` and ``c*`` of the paper.
+        deltas: ``(B, N, 4)``: ``t*``, equation 1, in strides.
+        centerness: ``(B, N)``: equation 3.
+    """
+
+    locations: Tensor
+    strides: Tensor
+    boxes: Tensor
+    deltas: Tensor
+    centerness: Tensor
+
+
+# --------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------
+
+
+def l1_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
+    """Return the L1 distance of the deltas ``(B, N, 4)``, the assignment's loss, per side."""
+    return 0.25 * F.l1_loss(deltas, targets.deltas, reduction="none")  # mean over the four sides
+
+
+def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
+    """Return 1 - GIoU of the decoded boxes, ``(B, N, 1)`` (arXiv 1902.09630, algorithm 2).
+
+    It is weighted by the centerness targets, so that locations near the center of an object, whose
+    boxes rank first in the end, count most.
+    """
+    boxes = fcos_apply_deltas_to_locations(deltas, targets.locations, targets.strides)
+    loss = generalized_box_iou_loss(boxes, targets.boxes[..., :4], reduction="none")  # (B, N)
+    return (GIOU_WEIGHT * targets.centerness * loss)[..., None]
+
+
+# Every choice for ``FCOS(box_loss=...)``. A function takes the predicted deltas (B, N, 4) and the
+# targets, and returns the loss of every location, (B, N, 4) or (B, N, 1). It need not care for
+# background, which is masked afterwards.
+BOX_LOSSES: dict[str, Callable[[Tensor, LocationTargets], Tensor]] = {
+    "l1": l1_box_loss,
+    "giou": giou_box_loss,
+}
+
+
+@dataclass(frozen=True)
+class FCOSLoss:
+    """The training loss (paper, equation 2): from network outputs and boxes to three losses.
+
+    Classes have the focal loss at every location (arXiv 1708.02002, equation 5, with alpha 0.25
+    and gamma 2), boxes a loss of ``BOX_LOSSES`` and centerness binary cross entropy (section 3.3)
+    at foreground locations. Where equation 2 divides by the number of foreground locations in
+    the batch, the assignment divides by a moving average of it. All losses have weight 1.
+
+    Args:
+        strides: stride of each level.
+        box_loss: a name in ``BOX_LOSSES``.
+        center_radius: see ``fcos_match_locations_to_gt``.
+
+    Raises:
+        ValueError: an unknown loss, or a radius that is not positive.
+    """
+
+    strides: Mapping[str, int]
+    box_loss: str = "l1"
+    center_radius: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.box_loss not in BOX_LOSSES:
+            names = " or ".join(f'"{name}"' for name in BOX_LOSSES)
+            raise ValueError(f"box_loss={self.box_loss!r}; expected {names}.")
+        if self.center_radius is not None and not self.center_radius > 0:
+            raise ValueError(
+                f"center_radius={self.center_radius}; expected a positive number or None."
+            )
+
+    def __call__(
+        self, outputs: NetworkOutputs, gt_boxes: Tensor, normalizer: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Args:
+            outputs: of ``FCOS.network_outputs``.
+            gt_boxes: ``(B, M, 5)``, rows of -1 are padding.
+            normalizer: scalar, the moving average of foreground locations per image. It is updated
+                in place, as ``F.batch_norm`` does with its running statistics.
+
+        Returns:
+            ``{"loss_cls", "loss_box", "loss_ctr"}``, scalars in float32 or better.
+        """
+        class_logits = _join_predictions(outputs.class_logits)  # (B, N, C)
+        deltas = _join_predictions(outputs.deltas)  # (B, N, 4)
+        centerness_logits = _join_predictions(outputs.centerness_logits).squeeze(-1)  # (B, N)
+        targets = self.make_targets(outputs.locations, gt_boxes)
+        classes = torch.arange(class_logits.shape[-1], device=class_logits.device)
+        target_classes = (targets.boxes[..., 4:] == classes).to(class_logits)  # (B, N, C), one-hot
+        background = targets.boxes[..., 4] < 0  # (B, N)
+
+        loss_cls = sigmoid_focal_loss(class_logits, target_classes, alpha=0.25, gamma=2.0)
+        loss_box = BOX_LOSSES[self.box_loss](deltas, targets)  # (B, N, 4) or (B, N, 1)
+        loss_ctr = F.binary_cross_entropy_with_logits(
+            centerness_logits, targets.centerness, reduction="none"
+        )
+        loss_box = loss_box.masked_fill(background[..., None], 0.0)
+        loss_ctr = loss_ctr.masked_fill(background, 0.0)
+
+        batch_size = len(gt_boxes)
+        with torch.no_grad():
+            foreground_per_image = mean_over_processes((~background).sum() / batch_size)
+            normalizer.mul_(0.9).add_(0.1 * foreground_per_image)
+        # Data with hardly any object would let the average, and with it the divisor, fade to 0.
+        divisor = normalizer.clamp(min=1.0) * batch_size
+        return {
+            "loss_cls": loss_cls.sum() / divisor,
+            "loss_box": loss_box.sum() / divisor,
+            "loss_ctr": loss_ctr.sum() / divisor,
+        }
+
+    def make_targets(
+        self, locations_per_fpn_level: Mapping[str, Tensor], gt_boxes: Tensor
+    ) -> LocationTargets:
+        """Match the locations of all levels to the boxes ``(B, M, 5)`` of a batch."""
+        locations, strides = _join_levels(locations_per_fpn_level, self.strides)
+        gt_boxes = gt_boxes.to(locations)
+        matched = _match_locations(
+            locations, strides, self.strides.values(), gt_boxes, self.center_radius
+        )  # (B, N, 5)
+        deltas = fcos_get_deltas_from_locations(locations, matched, strides)  # (B, N, 4)
+        centerness = fcos_make_centerness_targets(deltas)  # (B, N)
+        return LocationTargets(locations, strides, matched, deltas, centerness)
+
+
+# --------------------------------------------------------------------------------------------
+# Post-processing
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FCOSPostProcessor:
+    """From network outputs to detections: scores, boxes, non-maximum suppression.
+
+    A location detects its most probable class with the score sqrt(class probability *
+    centerness). The paper multiplies without the root (section 3.3) and may detect several
+    classes per location.
+
+    Args:
+        strides: stride of each level.
+    """
+
+    strides: Mapping[str, int]
+
+    def __call__(
+        self,
+        outputs: NetworkOutputs,
+        image_size: Sequence[int],
+        score_thresh: float,
+        nms_thresh: float,
+    ) -> list[dict[str, Tensor]]:
+        """Compute the detections of a batch. The outputs stay as they are.
+
+        Args:
+            outputs: of ``FCOS.network_outputs``.
+            image_size: ``(H, W)`` in pixels, to which boxes are clipped.
+            score_thresh: detections score above it.
+            nms_thresh: IoU above which the lower of two detections of a class is dropped.
+
+        Returns:
+            Per image ``{"boxes": (K, 4), "labels": (K,), "scores": (K,)}`` by decreasing score.
+
+        Raises:
+            ValueError: a threshold outside [0, 1].
+        """
+        check_threshold("score threshold", score_thresh)
+        check_threshold("NMS threshold", nms_thresh)
+        locations, strides = _join_levels(outputs.locations, self.strides)
+        all_class_probs = _join_predictions(outputs.class_logits).sigmoid()  # (B, N, C)
+        class_probs, labels = all_class_probs.max(dim=-1)  # (B, N)
+        centerness = _join_predictions(outputs.centerness_logits).sigmoid().squeeze(-1)  # (B, N)
+        scores = (class_probs * centerness).sqrt()  # (B, N)
+        deltas = _join_predictions(outputs.deltas)
+        boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
+        boxes = clip_boxes_to_image(boxes, image_size)
+
+        batch_size, _, num_classes = all_class_probs.shape
+        confident = scores > score_thresh
+        boxes, labels, scores = boxes[confident], labels[confident], scores[confident]  # (K, ...)
+        # One NMS for all images, in which each class of each image is a class of its own.
+        image_ids = confident.nonzero()[:, 0]
+        class_ids = image_ids * num_classes + labels
+        kept = class_spec_nms(boxes, scores, class_ids, nms_thresh)
+        detections = []
+        for image_id in range(batch_size):
+            own = kept[image_ids[kept] == image_id]
+            detections.append({"boxes": boxes[own], "labels": labels[own], "scores": scores[own]})
+        return detections
+
+
+def _join_predictions(predictions_per_level: Mapping[str, Tensor]) -> Tensor:
+    """Join (B, N, ...) of all levels, in float32 or better whatever the network ran in."""
+    return at_least_float32(torch.cat(list(predictions_per_level.values()), dim=1))
 
 
 # --------------------------------------------------------------------------------------------
@@ -352,10 +602,10 @@ def _join_levels(
 
 
 class FCOS(nn.Module):
-    """The one-stage detector: backbone and pyramid, head, losses, post-processing.
+    """The one-stage detector: network, then loss or post-processing.
 
     In training mode a call returns the losses, in evaluation mode the detections of one image;
-    ``predict`` takes a batch.
+    ``predict`` takes a batch. It fulfills ``common.Detector``.
 
     Args:
         num_classes: C, without background.
@@ -363,19 +613,24 @@ class FCOS(nn.Module):
         stem_channels: output channels of the head's stem convolutions.
         backbone: see ``DetectorBackboneWithFPN``.
         weights: see ``DetectorBackboneWithFPN``.
-        box_loss: ``"l1"`` on the deltas, or ``"giou"`` on the decoded boxes (arXiv 1902.09630),
-            weighted by the centerness targets.
+        box_loss: ``"l1"`` on the deltas, or ``"giou"`` on the decoded boxes; ``BOX_LOSSES`` has
+            all choices.
         center_radius: see ``fcos_match_locations_to_gt``.
         head_norm: see ``FCOSPredictionNetwork``.
-        level_scales: a learned scale of the deltas for each level.
-        frozen_batch_norm: the backbone's batch norms keep their running statistics in training,
-            which a batch of few images would only disturb.
+        level_scales: learn a scale of the deltas for each level.
+        frozen_batch_norm: keep the running statistics of the backbone's batch norms in training,
+            which batches of few images would only disturb.
+
+    Raises:
+        ValueError: an argument out of its range.
 
     Example:
-        >>> detector = FCOS(3, fpn_channels=16, stem_channels=[16], weights=None)
-        For dummy input ...
+        >>> detector = FCOS(
+        ...     3, fpn_channels=16, stem_channels=[16], weights=None
+        ... )  # doctest: +ELLIPSIS
+        For dummy input images with shape: ...
         >>> images = torch.rand(2, 3, 64, 96)
-        >>> gt_boxes = torch.full((2, 4, 5), -1.0)  # padded to 4 boxes an image
+        >>> gt_boxes = torch.full((2, 4, 5), -1.0)  # padded to 4 boxes per image
         >>> gt_boxes[0, 0] = torch.tensor([10.0, 20.0, 50.0, 60.0, 2.0])
         >>> sorted(detector(images, gt_boxes))
         ['loss_box', 'loss_cls', 'loss_ctr']
@@ -383,6 +638,11 @@ class FCOS(nn.Module):
         >>> [sorted(found) for found in detector.predict(images)]
         [['boxes', 'labels', 'scores'], ['boxes', 'labels', 'scores']]
     """
+
+    # ``a4_helper.train_detector`` leaves the batches on the CPU to ``forward``.
+    checks_batches = True
+
+    loss_normalizer: Tensor
 
     def __init__(
         self,
@@ -399,33 +659,30 @@ class FCOS(nn.Module):
         frozen_batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if box_loss not in ("l1", "giou"):
-            raise ValueError(f'box_loss={box_loss!r}; expected "l1" or "giou".')
-        if center_radius is not None and not center_radius > 0:
-            raise ValueError(f"center_radius={center_radius}; expected a positive number or None.")
         self.num_classes = num_classes
-        self.box_loss = box_loss
-        self.center_radius = center_radius
         self.frozen_batch_norm = frozen_batch_norm
         self.backbone = DetectorBackboneWithFPN(fpn_channels, backbone=backbone, weights=weights)
+        strides = self.backbone.fpn_strides
         self.pred_net = FCOSPredictionNetwork(
             num_classes,
             fpn_channels,
             stem_channels,
             norm=head_norm,
-            scaled_levels=self.backbone.fpn_strides if level_scales else (),
+            scaled_levels=strides if level_scales else (),
         )
+        self.criterion = FCOSLoss(strides, box_loss, center_radius)
+        self.post_processor = FCOSPostProcessor(strides)
         # Moving average of the foreground locations per image. A buffer, because like the
-        # statistics of batch norm it belongs to the state of a training.
+        # statistics of batch norm it belongs to the state of a training run.
         self.register_buffer("loss_normalizer", torch.tensor(150.0))
-        self._compiled_network: Callable | None = None
-        self._compiled_prediction: Callable | None = None
+        self._compiled_network: Callable[[Tensor], NetworkOutputs] | None = None
+        self._compiled_prediction: Callable[[Tensor], NetworkOutputs] | None = None
 
     def train(self, mode: bool = True) -> FCOS:
         """Switch between training and evaluation mode."""
         super().train(mode)
         if mode:
-            self._compiled_prediction = None  # of weights that are about to change
+            self._compiled_prediction = None  # its weights are constants and about to change
         if self.frozen_batch_norm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -433,18 +690,21 @@ class FCOS(nn.Module):
         return self
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """The parameters that came with the backbone's weights."""
+        """Return the parameters of the classification network, which may be pretrained."""
         return list(self.backbone.backbone.parameters())
 
     def compile_network(self, compile: bool = True) -> None:
-        """Compile backbone, pyramid and head for training; targets and losses stay as they are.
+        """Compile ``network_outputs`` for training; targets and losses stay as they are.
 
         Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
+
+        Args:
+            compile: False undoes it.
         """
-        self._compiled_network = torch.compile(self._run_network) if compile else None
+        self._compiled_network = torch.compile(self.network_outputs) if compile else None
 
     def compile_prediction(self) -> None:
-        """Compile backbone, pyramid and head for ``predict`` on images of one size, as of a camera.
+        """Compile ``network_outputs`` for ``predict`` on images of one size, as of a camera.
 
         The first prediction of each shape ``(B, 3, H, W)`` takes some 20 s more. The weights
         become constants: call it again after changing them. Going back to training undoes it.
@@ -455,8 +715,22 @@ class FCOS(nn.Module):
         if self.training:
             raise ValueError("FCOS is in training mode; call eval() before compile_prediction().")
         self._compiled_prediction = torch.compile(
-            self._run_network, dynamic=False, options={"freezing": True}
+            self.network_outputs, dynamic=False, options={"freezing": True}
         )
+
+    def network_outputs(self, images: Tensor) -> NetworkOutputs:
+        """Run backbone, pyramid and head on images ``(B, 3, H, W)`` (paper, figure 2)."""
+        feats = self.backbone(images)
+        class_logits, deltas, centerness_logits = self.pred_net(feats)
+        # In bfloat16, neighboring coordinates above 256 would become equal.
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        locations = get_fpn_location_coords(
+            {level: feat.shape for level, feat in feats.items()},
+            self.backbone.fpn_strides,
+            dtype=dtype,
+            device=images.device,
+        )
+        return NetworkOutputs(locations, class_logits, deltas, centerness_logits)
 
     def forward(
         self,
@@ -465,7 +739,7 @@ class FCOS(nn.Module):
         test_score_thresh: float | None = None,
         test_nms_thresh: float | None = None,
     ) -> dict[str, Tensor] | tuple[Tensor, Tensor, Tensor]:
-        """Losses in training mode, detections of one image in evaluation mode.
+        """Return the losses in training mode, the detections of one image in evaluation mode.
 
         Args:
             images: ``(B, 3, H, W)``; in evaluation B is 1.
@@ -476,14 +750,14 @@ class FCOS(nn.Module):
 
         Returns:
             Training: ``{"loss_cls", "loss_box", "loss_ctr"}``, scalars whose sum is to be
-            minimised. Evaluation: boxes ``(K, 4)``, class ids ``(K,)`` and scores ``(K,)`` by
+            minimized. Evaluation: boxes ``(K, 4)``, class ids ``(K,)`` and scores ``(K,)`` by
             decreasing score.
 
         Raises:
-            ValueError: wrong shapes, pixels that are not finite, boxes or classes that can't be,
-                thresholds outside [0, 1]. Training on a GPU checks shapes only, since looking at
-                values there would stall every step; ``a4_helper.train_detector`` looks before
-                the transfer.
+            ValueError: wrong shapes, pixels that are not finite, impossible boxes or classes,
+                thresholds outside [0, 1]. A training batch on a GPU is not checked, since
+                looking at values there would stall every step; ``a4_helper.train_detector``
+                checks it before the transfer.
         """
         if self.training:
             if gt_boxes is None:
@@ -493,7 +767,8 @@ class FCOS(nn.Module):
                 )
             if images.device.type == "cpu":
                 check_training_batch(images, gt_boxes, self.num_classes)
-            return self._losses(images, gt_boxes)
+            network = self._compiled_network or self.network_outputs
+            return self.criterion(network(images), gt_boxes, self.loss_normalizer)
 
         if images.dim() == 4 and len(images) != 1:
             raise ValueError(
@@ -506,61 +781,6 @@ class FCOS(nn.Module):
             DEFAULT_NMS_THRESH if test_nms_thresh is None else test_nms_thresh,
         )[0]
         return found["boxes"], found["labels"], found["scores"]
-
-    def _run_network(self, images: Tensor) -> tuple[dict[str, Tensor], ...]:
-        """Locations, class logits, deltas and centerness logits, each per level."""
-        feats = self.backbone(images)
-        class_logits, deltas, centerness_logits = self.pred_net(feats)
-        # In bfloat16 neighbouring coordinates above 256 would fall together.
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        locations = get_fpn_location_coords(
-            {level: feat.shape for level, feat in feats.items()},
-            self.backbone.fpn_strides,
-            dtype=dtype,
-            device=images.device,
-        )
-        return locations, class_logits, deltas, centerness_logits
-
-    def _losses(self, images: Tensor, gt_boxes: Tensor) -> dict[str, Tensor]:
-        network = self._compiled_network or self._run_network
-        locations_per_level, *predictions = network(images)
-        class_logits, deltas, centerness_logits = (_join_predictions(p) for p in predictions)
-        locations, strides = _join_levels(locations_per_level, self.backbone.fpn_strides)
-
-        gt_boxes = gt_boxes.to(locations)
-        matched = _match_locations(
-            locations, strides, self.backbone.fpn_strides.values(), gt_boxes, self.center_radius
-        )  # (B, N, 5)
-        target_deltas = fcos_get_deltas_from_locations(locations, matched, strides)  # (B, N, 4)
-        target_centerness = fcos_make_centerness_targets(target_deltas)  # (B, N)
-        classes = torch.arange(self.num_classes, device=images.device)
-        target_classes = (matched[..., 4:] == classes).to(class_logits)  # (B, N, C)
-        background = matched[..., 4] < 0  # (B, N)
-
-        loss_cls = sigmoid_focal_loss(class_logits, target_classes, alpha=0.25, gamma=2.0)
-        if self.box_loss == "giou":
-            boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
-            loss_box = generalized_box_iou_loss(boxes, matched[..., :4], reduction="none")
-            loss_box = (GIOU_WEIGHT * target_centerness * loss_box)[..., None]  # (B, N, 1)
-        else:
-            # A quarter: the mean over the four sides.
-            loss_box = 0.25 * F.l1_loss(deltas, target_deltas, reduction="none")
-        loss_ctr = F.binary_cross_entropy_with_logits(
-            centerness_logits.squeeze(-1), target_centerness, reduction="none"
-        )
-        loss_box = loss_box.masked_fill(background[..., None], 0.0)
-        loss_ctr = loss_ctr.masked_fill(background, 0.0)
-
-        with torch.no_grad():
-            foreground_per_image = mean_over_processes((~background).sum() / len(images))
-            self.loss_normalizer.mul_(0.9).add_(0.1 * foreground_per_image)
-        # Data with hardly any object would let the average, and with it the divisor, fade to 0.
-        divisor = self.loss_normalizer.clamp(min=1.0) * len(images)
-        return {
-            "loss_cls": loss_cls.sum() / divisor,
-            "loss_box": loss_box.sum() / divisor,
-            "loss_ctr": loss_ctr.sum() / divisor,
-        }
 
     @torch.no_grad()
     def predict(
@@ -578,12 +798,16 @@ class FCOS(nn.Module):
 
         Returns:
             Per image ``{"boxes": (K, 4), "labels": (K,), "scores": (K,)}`` by decreasing score.
+
+        Raises:
+            ValueError: training mode, a wrong shape, pixels that are not finite, thresholds
+                outside [0, 1].
         """
         if self.training:
             raise ValueError("FCOS is in training mode; call eval() on it before predict().")
         check_images(images)
-        network = self._compiled_prediction or self._run_network
-        return self._detect(images, *network(images), score_thresh, nms_thresh)
+        network = self._compiled_prediction or self.network_outputs
+        return self.post_processor(network(images), images.shape[-2:], score_thresh, nms_thresh)
 
     @torch.no_grad()
     def inference(
@@ -596,7 +820,7 @@ class FCOS(nn.Module):
         test_score_thresh: float = DEFAULT_SCORE_THRESH,
         test_nms_thresh: float = DEFAULT_NMS_THRESH,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn the network's outputs for one image into detections. Inputs stay as they are.
+        """Turn the network's outputs for one image into detections, as the assignment names it.
 
         Args:
             images: ``(1, 3, H, W)``; its size clips the boxes.
@@ -610,50 +834,10 @@ class FCOS(nn.Module):
         Returns:
             Boxes ``(K, 4)``, class ids ``(K,)`` and scores ``(K,)`` by decreasing score.
         """
-        found = self._detect(
-            images,
-            locations_per_fpn_level,
-            pred_cls_logits,
-            pred_boxreg_deltas,
-            pred_ctr_logits,
-            test_score_thresh,
-            test_nms_thresh,
-        )[0]
+        outputs = NetworkOutputs(
+            locations_per_fpn_level, pred_cls_logits, pred_boxreg_deltas, pred_ctr_logits
+        )
+        found = self.post_processor(outputs, images.shape[-2:], test_score_thresh, test_nms_thresh)[
+            0
+        ]
         return found["boxes"], found["labels"], found["scores"]
-
-    def _detect(
-        self,
-        images: Tensor,
-        locations_per_level: Mapping[str, Tensor],
-        class_logits_per_level: Mapping[str, Tensor],
-        deltas_per_level: Mapping[str, Tensor],
-        centerness_logits_per_level: Mapping[str, Tensor],
-        score_thresh: float,
-        nms_thresh: float,
-    ) -> list[dict[str, Tensor]]:
-        check_threshold("score threshold", score_thresh)
-        check_threshold("NMS threshold", nms_thresh)
-        locations, strides = _join_levels(locations_per_level, self.backbone.fpn_strides)
-        class_probs, labels = _join_predictions(class_logits_per_level).sigmoid().max(dim=-1)
-        centerness = _join_predictions(centerness_logits_per_level).sigmoid().squeeze(-1)
-        scores = (class_probs * centerness).sqrt()  # (B, N)
-        deltas = _join_predictions(deltas_per_level)
-        boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
-        boxes = clip_boxes_to_image(boxes, images.shape[-2:])
-
-        confident = scores > score_thresh
-        boxes, labels, scores = boxes[confident], labels[confident], scores[confident]  # (K, ...)
-        # One NMS for all images, in which each class of each image is a class of its own.
-        image_ids = confident.nonzero()[:, 0]
-        class_ids = image_ids * self.num_classes + labels
-        kept = class_spec_nms(boxes, scores, class_ids, nms_thresh)
-        detections = []
-        for image_id in range(len(images)):
-            own = kept[image_ids[kept] == image_id]
-            detections.append({"boxes": boxes[own], "labels": labels[own], "scores": scores[own]})
-        return detections
-
-
-def _join_predictions(predictions_per_level: Mapping[str, Tensor]) -> Tensor:
-    """(B, N, ...) of all levels joined, in float32 or better whatever the network ran in."""
-    return at_least_float32(torch.cat(list(predictions_per_level.values()), dim=1))

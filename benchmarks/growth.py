@@ -1,9 +1,9 @@
-"""How do time and memory grow with the work? Draws a figure.
+"""Figure of how time and memory grow with the amount of work.
 
     python -m benchmarks.growth FIGURE.png [--device cuda]
 
-Medians of a few repetitions, and the memory that one call takes beyond what is there before it.
-Leave the machine alone meanwhile.
+It shows medians of a few repetitions, and the peak memory of one call beyond what was in use
+before it. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ REPETITIONS = 5
 
 
 class Point(NamedTuple):
-    """One measurement."""
+    """One measurement; ``megabytes`` is None where peak memory cannot be measured."""
 
     size: int
     seconds: float
     megabytes: float | None
 
 
-Line = tuple[str, list[Point]]
+Line = tuple[str, list[Point]]  # label and points
 
 
 def main() -> None:
@@ -87,7 +87,13 @@ def _batches(device: str) -> Iterator[Line]:
 def _training(
     shapes: list[tuple[int, int]], which: int, device: str
 ) -> Iterator[tuple[str, list[Point]]]:
-    """Training steps on batches of some number of images and side; which of both is the size."""
+    """Measure training steps.
+
+    Args:
+        shapes: number and side of the images of each batch.
+        which: index of the entry of a shape that is the size in the figure.
+        device: to train on.
+    """
     detector = channels_last(make_detector(device)).train()
     for amp in ("off", "auto"):
         label = precision_name(device, amp)
@@ -106,19 +112,19 @@ def _images(device: str) -> Iterator[Line]:
     names = [f"class {label}" for label in range(20)]
     points = []
     for count in (100, 500, 1_000, len(targets)):
-        some = predictions[:count], targets[:count]
-        points.append(_measure(count, lambda s=some: average_precision(*s, names), "cpu"))
+        call = functools.partial(average_precision, predictions[:count], targets[:count], names)
+        points.append(_measure(count, call, "cpu"))
     yield "ours", points
 
 
 def _measure(size: int, call: Callable[[], object], device: str) -> Point:
-    call()  # what is done once is not counted
+    call()  # so that one-time work is not measured
     seconds = statistics.median(seconds_of(call) for _ in range(REPETITIONS))
     return Point(size, seconds, _peak_megabytes(call, device))
 
 
 def _peak_megabytes(call: Callable[[], object], device: str) -> float | None:
-    """What a call takes of the device's memory at most; None where that can't be found out."""
+    """Measure the peak memory of a call on the device; None where that is impossible."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -127,7 +133,8 @@ def _peak_megabytes(call: Callable[[], object], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not Path("/proc/self/statm").exists():
         return None
-    with contextlib.suppress(AttributeError):  # what was freed before would be taken again unseen
+    # Memory that was freed before but not returned would be reused without being measured.
+    with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     highest, done = [_resident()], threading.Event()
 
@@ -160,7 +167,7 @@ def _draw(panels: list[tuple[str, list[Line]]], path: Path) -> None:
         for label, points in lines:
             sizes = [point.size for point in points]
             above.plot(sizes, [point.seconds for point in points], marker="o", label=label)
-            # 1 MB and less can't be told from what else goes on.
+            # 1 MB and less is within the noise.
             memory = [max(1.0, point.megabytes or 0.0) for point in points]
             below.plot(sizes, memory, marker="o", label=label)
         for axis in (above, below):
@@ -175,7 +182,7 @@ def _draw(panels: list[tuple[str, list[Line]]], path: Path) -> None:
         if len(lines) > 1:
             above.legend()
     axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("MB at the most")
+    axes[1, 0].set_ylabel("peak memory in MB")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -1,10 +1,11 @@
-"""How long does NMS take, next to torchvision's in C++?"""
+"""Time of NMS, compared with torchvision's in C++."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torchvision.ops import batched_nms
 from torchvision.ops import nms as torchvision_nms
 
@@ -17,17 +18,17 @@ NUM_CLASSES = 20
 
 
 def rows(device: str) -> Iterator[Row]:
-    """The boxes of the assignment's cell, at its three thresholds one after the other."""
+    """Time NMS on the boxes of the assignment's cell, at its three thresholds in sequence."""
     for size, goal in SIZES.items():
         boxes, scores, class_ids = random_boxes(size, device)
 
-        def ours(boxes=boxes, scores=scores):
+        def ours(boxes: Tensor = boxes, scores: Tensor = scores) -> list[Tensor]:
             return [nms(boxes, scores, threshold) for threshold in THRESHOLDS]
 
-        def theirs(boxes=boxes, scores=scores):
+        def theirs(boxes: Tensor = boxes, scores: Tensor = scores) -> list[Tensor]:
             return [torchvision_nms(boxes, scores, threshold) for threshold in THRESHOLDS]
 
-        if device == "cpu":  # divisions on a GPU may round differently
+        if device == "cpu":  # a GPU may round divisions differently
             assert all(map(torch.equal, ours(), theirs()))
         repetitions = 9 if size <= 20_000 else 7
         times = side_by_side(ours, theirs, repetitions)
@@ -36,7 +37,7 @@ def rows(device: str) -> Iterator[Row]:
     boxes, scores, class_ids = random_boxes(5_000, device)
     question = f"class_spec_nms, 5,000 boxes, {NUM_CLASSES} classes"
     yield _by_class(question, boxes, scores, class_ids, 0.7)
-    # A batch of images as detectors see it: few classes have most of the boxes.
+    # As in a batch of images: a few classes have most of the boxes.
     index = torch.arange(5_000, device=device)
     skewed = torch.where(index % 2 == 0, 0, 1 + index // 2 % 320)
     question = "class_spec_nms, 5,000 boxes, half of them in one of 321 classes"
@@ -44,16 +45,12 @@ def rows(device: str) -> Iterator[Row]:
 
 
 def _by_class(
-    question: str,
-    boxes: torch.Tensor,
-    scores: torch.Tensor,
-    class_ids: torch.Tensor,
-    goal: float | None,
+    question: str, boxes: Tensor, scores: Tensor, class_ids: Tensor, goal: float | None
 ) -> Row:
-    def ours():
+    def ours() -> list[Tensor]:
         return [class_spec_nms(boxes, scores, class_ids, threshold) for threshold in THRESHOLDS]
 
-    def theirs():
+    def theirs() -> list[Tensor]:
         return [batched_nms(boxes, scores, class_ids, threshold) for threshold in THRESHOLDS]
 
     if boxes.device.type == "cpu":
@@ -61,8 +58,8 @@ def _by_class(
     return Row(question, "torchvision.ops.batched_nms", *side_by_side(ours, theirs, 15), goal)
 
 
-def random_boxes(count: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes as in the assignment's cell: whole numbers, large overlaps."""
+def random_boxes(count: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return boxes (whole numbers, large overlaps), scores and classes as in the assignment."""
     generator = torch.Generator().manual_seed(0)
     boxes = (100.0 * torch.rand(count, 4, generator=generator)).round()
     boxes[:, 2:] += boxes[:, :2] + 1.0

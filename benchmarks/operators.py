@@ -1,9 +1,9 @@
-"""Where does the time of a training step go, and how long is the assignment's schedule?
+"""Profile of a training step, and the time of the assignment's schedule.
 
     python -m benchmarks.operators [--device cuda]
 
 Prints the operators that take most of the time, from PyTorch's profiler, and the time of 9,000
-steps with the default settings and data that is ready. Leave the machine alone meanwhile.
+steps with the default settings, without loading data. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS = 15
 
 
 def main() -> None:
-    """Time steps, then look into some."""
+    """Time some training steps, then profile some."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     device = parser.parse_args().device
@@ -32,8 +32,8 @@ def main() -> None:
     step()
     seconds = statistics.median(seconds_of(step) for _ in range(REPETITIONS))
     print(
-        f"{BATCH_SIZE} images of {SIDE} px: {1000 * seconds:.0f} ms a step, "
-        f"{BATCH_SIZE / seconds:,.0f} images a second, {ITERATIONS:,} steps in "
+        f"{BATCH_SIZE} images of {SIDE} px: {1000 * seconds:.0f} ms per step, "
+        f"{BATCH_SIZE / seconds:,.0f} images per second, {ITERATIONS:,} steps in "
         f"{ITERATIONS * seconds / 60:.0f} minutes\n"
     )
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]

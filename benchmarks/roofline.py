@@ -1,8 +1,8 @@
-"""How far is the training step from what the machine can compute at most?
+"""Time of a training step, compared with the limit of the machine's arithmetic.
 
-Its floating-point operations, counted forwards and backwards, at the rate of the best large matrix
-product that is measured in the same run. Nothing that trains this network can be faster than that
-(Williams et al., Roofline, doi 10.1145/1498765.1498785), without regard to memory.
+The limit is the time of its floating-point operations, forward and backward, at the rate of the
+fastest large matrix product measured in the same run. No training of this network can be faster,
+and memory traffic may keep it slower (Williams et al., Roofline, doi 10.1145/1498765.1498785).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES = (1024, 2048, 4096)
 
 
 def rows(device: str) -> Iterator[Row]:
-    """The step in mixed precision and in float32."""
+    """Time the step in mixed precision and in float32."""
     images, gt_boxes = batch(device)
     for amp in ("auto", "off"):
         dtype = network_dtype(torch.device(device), amp)
@@ -41,7 +41,7 @@ def rows(device: str) -> Iterator[Row]:
 
 
 def _rate(size: int, dtype: torch.dtype, device: str) -> float:
-    """Floating-point operations a second of a square matrix product."""
+    """Measure the floating-point operations per second of a square matrix product."""
     matrix = torch.randn(size, size, device=device).to(dtype)
     seconds = min(seconds_of(lambda: matrix @ matrix) for _ in range(10))
     return 2 * size**3 / seconds

@@ -1,4 +1,4 @@
-"""Time two ways of doing the same thing side by side."""
+"""Time two functions side by side, and print the results as a table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ REPETITIONS = 9
 
 
 class Row(NamedTuple):
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         question: what was timed.
-        peer: what it was compared with.
-        ours, theirs: medians in seconds.
-        goal: the ratio of the times to reach, as a number of at most 1; None where there is none.
+        peer: what it is compared with.
+        ours: median time in seconds.
+        theirs: that of the peer.
+        goal: ratio of the times to reach, at most 1; None where there is none.
     """
 
     question: str
@@ -31,14 +32,14 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our time over that of the peer."""
+        """Our time divided by that of the peer."""
         return self.ours / self.theirs
 
 
 def side_by_side(
     ours: Callable[[], Any], theirs: Callable[[], Any], repetitions: int = REPETITIONS
 ) -> tuple[float, float]:
-    """Medians of both in seconds, over repetitions by turns, after one of each to warm up."""
+    """Run both in turns, after one of each to warm up, and return the median times in seconds."""
     times: tuple[list[float], list[float]] = ([], [])
     for repetition in range(repetitions + 1):
         for call, its_times in zip((ours, theirs), times, strict=True):
@@ -49,9 +50,9 @@ def side_by_side(
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """The time of one call."""
+    """Measure the time of one call, including its work on the GPU."""
     gc.collect()
-    gc.disable()  # a collection in the middle would be counted
+    gc.disable()  # a collection during the call would be measured, too
     try:
         _wait_for_gpu()
         start = time.perf_counter()
@@ -68,7 +69,7 @@ def _wait_for_gpu() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as Markdown."""
+    """Format rows as a Markdown table."""
     lines = [
         "| question | peer | ours | peer's | ratio | goal |",
         "|---|---|---|---|---|---|",

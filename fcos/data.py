@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fcos.options import add_json_option, positive_int
 
 if TYPE_CHECKING:
-    pass
+    from eecs598.data import Instance
 
 __all__ = ["add_options", "describe_contents", "generated_shapes"]
 

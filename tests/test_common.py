@@ -1,4 +1,4 @@
-"""Backbone and pyramid, locations, NMS."""
+"""Interface of a detector, backbone and pyramid, locations, NMS, checks of batches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 import common
+from a4_helper import iterate_detections, train_detector
 from common import (
     DetectorBackboneWithFPN,
     PretrainedWeightsWarning,
@@ -19,6 +20,33 @@ from common import (
     get_fpn_location_coords,
     nms,
 )
+
+# --------------------------------------------------------------------------------------------
+# Interface of a detector
+# --------------------------------------------------------------------------------------------
+
+
+class LeastDetector(nn.Module):
+    """The two calls of ``Detector`` and none of its optional abilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images, gt_boxes=None, *, test_score_thresh=0.0, test_nms_thresh=0.0):
+        if self.training:
+            return {"loss": (self.scale * images.mean()) ** 2 + 0 * gt_boxes.sum()}
+        return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+
+
+def test_a_detector_needs_no_more_than_two_calls():
+    detector = LeastDetector()
+    batch = (["a.jpg"], torch.ones(1, 3, 8, 8), torch.full((1, 2, 5), -1.0))
+    history = train_detector(detector, [batch], max_iters=3, log_period=3)
+    assert history["loss"][0] == pytest.approx(4.0) and detector.scale < 2
+    ((path, _, prediction, target),) = iterate_detections(detector, [batch], 0.4, 0.5)
+    assert path == "a.jpg" and len(prediction["boxes"]) == len(target["boxes"]) == 0
+
 
 # --------------------------------------------------------------------------------------------
 # Backbone and pyramid
@@ -63,6 +91,20 @@ def test_pyramid_shapes_at_any_size(backbone, height, width, batch_size):
     for level, stride in backbone.fpn_strides.items():
         expected = (batch_size, 16, -(-height // stride), -(-width // stride))
         assert pyramid[level].shape == expected
+
+
+def test_the_pyramid_is_the_formula(backbone):
+    """Where sides are multiples of 32, upsampling repeats every cell twice in each direction."""
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        stages, pyramid = backbone.backbone(images), backbone(images)
+        merged = backbone.fpn_params["lateral_c5"](stages["c5"])
+        assert torch.equal(pyramid["p5"], backbone.fpn_params["output_p5"](merged))
+        for number in (4, 3):
+            above = merged.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            merged = backbone.fpn_params[f"lateral_c{number}"](stages[f"c{number}"]) + above
+            expected = backbone.fpn_params[f"output_p{number}"](merged)
+            torch.testing.assert_close(pyramid[f"p{number}"], expected)
 
 
 def test_coarse_levels_reach_fine_ones(backbone):

@@ -15,11 +15,11 @@ from eecs598.metrics.average_precision import average_precision
 from one_stage_detector import FCOS
 
 
-def weighted_centres(detector: FCOS, height: int, width: int, per_level: int):
+def weighted_centers(detector: FCOS, height: int, width: int, per_level: int):
     """For some locations of each level: the location, and where the image's gradient lies.
 
     Near the border the image cuts the receptive field, over 300 px wide at p5, on one side, and
-    what is left has its centre elsewhere; so locations closer than 40 px to it are left out.
+    what is left has its center elsewhere; so locations closer than 40 px to it are left out.
     """
     images = torch.rand(1, 3, height, width, requires_grad=True)
     feats = detector.backbone(images)
@@ -37,8 +37,8 @@ def weighted_centres(detector: FCOS, height: int, width: int, per_level: int):
             # Squared, because a deep network has a faint gradient everywhere.
             weight = gradient.square().sum(dim=(0, 1))
             weight = weight / weight.sum()
-            centre = torch.stack([(weight * x).sum(), (weight * y).sum()])
-            yield level, points[n], centre
+            center = torch.stack([(weight * x).sum(), (weight * y).sum()])
+            yield level, points[n], center
 
 
 @pytest.mark.parametrize("height, width", [(160, 352), (352, 160)])
@@ -46,9 +46,9 @@ def test_the_gradient_of_a_prediction_lies_around_its_location(height, width):
     torch.manual_seed(0)
     detector = FCOS(4, 16, [16], weights=None).eval()
     compared = 0
-    for level, location, centre in weighted_centres(detector, height, width, per_level=12):
-        distance = (centre - location).norm()
-        assert distance < 64, (level, location, centre)
+    for level, location, center in weighted_centers(detector, height, width, per_level=12):
+        distance = (center - location).norm()
+        assert distance < 64, (level, location, center)
         # Where a row-major reader would put prediction n: on a square map, the mirror image.
         stride = detector.backbone.fpn_strides[level]
         rows, columns = height // stride, width // stride
@@ -58,7 +58,7 @@ def test_the_gradient_of_a_prediction_lies_around_its_location(height, width):
         for other in (row_major, location.flip(0)):
             if (other - location).norm() > 2 * stride:
                 compared += 1
-                assert distance < (centre - other).norm(), (level, location, centre, other)
+                assert distance < (center - other).norm(), (level, location, center, other)
     assert compared > 30
 
 

@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant(
         "20 classes",
         "one_stage_detector",
-        "classes = torch.arange(self.num_classes",
+        "classes = torch.arange(class_logits.shape[-1]",
         "classes = torch.arange(20",
         {"losses": "three finite", "training": "gradients", "sizes_and_dtypes": "one class"},
     ),
@@ -364,8 +364,8 @@ MUTANTS = [
     Mutant(
         "class ids from 1",
         "one_stage_detector",
-        "(matched[..., 4:] == classes)",
-        "(matched[..., 4:] + 1 == classes)",
+        "(targets.boxes[..., 4:] == classes)",
+        "(targets.boxes[..., 4:] + 1 == classes)",
         {"losses": "loss_cls"},
     ),
     Mutant(
@@ -385,14 +385,14 @@ MUTANTS = [
     Mutant(
         "not divided by the images",
         "one_stage_detector",
-        "self.loss_normalizer.clamp(min=1.0) * len(images)",
-        "self.loss_normalizer.clamp(min=1.0)",
+        "normalizer.clamp(min=1.0) * batch_size",
+        "normalizer.clamp(min=1.0)",
         {"losses": "divided by"},
     ),
     Mutant(
         "divided by the foreground of the batch",
         "one_stage_detector",
-        "self.loss_normalizer.clamp(min=1.0) * len(images)",
+        "normalizer.clamp(min=1.0) * batch_size",
         "(~background).sum().clamp(min=1)",
         {"losses": "divided by"},
     ),
@@ -406,8 +406,8 @@ MUTANTS = [
     Mutant(
         "moving average starts anew",
         "one_stage_detector",
-        "self.loss_normalizer.mul_(0.9)",
-        "self.loss_normalizer.fill_(135.0)",
+        "normalizer.mul_(0.9)",
+        "normalizer.fill_(135.0)",
         {"losses": "moves on"},
     ),
     Mutant(
@@ -502,15 +502,15 @@ MUTANTS = [
     Mutant(
         "class sigmoid missing",
         "one_stage_detector",
-        "_join_predictions(class_logits_per_level).sigmoid()",
-        "_join_predictions(class_logits_per_level)",
+        "_join_predictions(outputs.class_logits).sigmoid()",
+        "_join_predictions(outputs.class_logits)",
         {"inference": "score", "sizes_and_dtypes": ""},
     ),
     Mutant(
         "sigmoid twice",
         "one_stage_detector",
-        "_join_predictions(class_logits_per_level).sigmoid()",
-        "_join_predictions(class_logits_per_level).sigmoid().sigmoid()",
+        "_join_predictions(outputs.class_logits).sigmoid()",
+        "_join_predictions(outputs.class_logits).sigmoid().sigmoid()",
         {"inference": "score is sqrt"},
     ),
     Mutant(
@@ -530,8 +530,8 @@ MUTANTS = [
     Mutant(
         "least probable class",
         "one_stage_detector",
-        ".sigmoid().max(dim=-1)",
-        ".sigmoid().min(dim=-1)",
+        "all_class_probs.max(dim=-1)",
+        "all_class_probs.min(dim=-1)",
         {"inference": "most probable class"},
     ),
     Mutant(
@@ -544,21 +544,21 @@ MUTANTS = [
     Mutant(
         "boxes not clipped",
         "one_stage_detector",
-        "boxes = clip_boxes_to_image(boxes, images.shape[-2:])",
+        "boxes = clip_boxes_to_image(boxes, image_size)",
         "pass",
         {"inference": "clipped"},
     ),
     Mutant(
         "clipped to width and height swapped",
         "one_stage_detector",
-        "clip_boxes_to_image(boxes, images.shape[-2:])",
-        "clip_boxes_to_image(boxes, images.shape[:1:-1])",
+        "clip_boxes_to_image(boxes, image_size)",
+        "clip_boxes_to_image(boxes, image_size[::-1])",
         {"inference": "clipped"},
     ),
     Mutant(
         "clipped to 224 pixels",
         "one_stage_detector",
-        "clip_boxes_to_image(boxes, images.shape[-2:])",
+        "clip_boxes_to_image(boxes, image_size)",
         "boxes.clamp(0, 224)",
         {"inference": "clipped"},
     ),
@@ -580,16 +580,16 @@ MUTANTS = [
         "three results in another order",
         "one_stage_detector",
         '        )[0]\n        return found["boxes"], found["labels"], found["scores"]\n\n'
-        "    def _run_network",
+        "    @torch.no_grad()\n    def predict",
         '        )[0]\n        return found["boxes"], found["scores"], found["labels"]\n\n'
-        "    def _run_network",
+        "    @torch.no_grad()\n    def predict",
         {"inference": "score"},
     ),
     Mutant(
         "predictions clipped in place",
         "one_stage_detector",
-        "deltas = _join_predictions(deltas_per_level)\n        boxes",
-        "deltas = _join_predictions({k: v.clamp_(min=0) for k, v in deltas_per_level.items()})\n"
+        "deltas = _join_predictions(outputs.deltas)\n        boxes",
+        "deltas = _join_predictions({k: v.clamp_(min=0) for k, v in outputs.deltas.items()})\n"
         "        boxes",
         {"inference": "input unchanged"},
     ),

@@ -45,8 +45,8 @@ SAID = {
     "images in place": (
         (
             "one_stage_detector",
-            "gt_boxes = gt_boxes.to(locations)",
-            "images.mul_(0.5)\n        gt_boxes = gt_boxes.to(locations)",
+            "feats = self.backbone(images)",
+            "feats = self.backbone(images.mul_(0.5))",
         ),
         "FCOS.forward: changes its argument images in place",
     ),
@@ -73,8 +73,8 @@ SAID = {
     "loop over locations": (
         (
             "one_stage_detector",
-            "background = matched[..., 4] < 0",
-            "one_by_one = [matched[:, n, 4] < 0 for n in range(matched.shape[1])]\n"
+            "background = targets.boxes[..., 4] < 0",
+            "one_by_one = [row[:, 4] < 0 for row in targets.boxes.unbind(1)]\n"
             "        background = torch.stack(one_by_one, 1)",
         ),
         "Python loop over locations",
