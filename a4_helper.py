@@ -1,13 +1,14 @@
 """Data, training and evaluation for the detectors of assignment 4.
 
-A detector here is any module that, in training mode, maps ``(images, gt_boxes)`` to a dict of
-losses, and in evaluation mode maps one image to ``(boxes, class ids, scores)``. FCOS is one; a
-two-stage detector can be another.
+A detector here is any module that fulfills ``common.Detector``: in training mode it maps
+``(images, gt_boxes)`` to a dict of losses, in evaluation mode one image to
+``(boxes, class ids, scores)``. FCOS is one; a two-stage detector can be another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from common import check_training_batch
+from common import Detector, check_training_batch
 from eecs598.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -156,7 +157,7 @@ class VOC2007DetectionTiny(Dataset[Item]):
 
 
 def train_detector(
-    detector: nn.Module,
+    detector: Detector,
     train_loader: DataLoader,
     learning_rate: float = 5e-3,
     weight_decay: float = 1e-4,
@@ -184,7 +185,8 @@ def train_detector(
     survive a stop. The loader is iterated over as often as needed.
 
     Args:
-        detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimized.
+        detector: maps ``(images, gt_boxes)`` to a dict of losses; their sum is minimized. See
+            ``common.Detector`` for what else it may offer.
         train_loader: yields ``(paths, images, gt_boxes)`` batches: B paths, images
             ``(B, 3, H, W)`` and padded boxes ``(B, M, 5)``. Where ``run`` is resumed, the first
             of them is the one after the checkpoint.
@@ -228,9 +230,11 @@ def train_detector(
             f"max_iters={max_iters}, log_period={log_period}, learning_rate={learning_rate}; "
             "expected positive numbers."
         )
+    if not isinstance(detector, nn.Module):
+        raise ValueError(f"detector is a {type(detector).__name__}; expected an nn.Module.")
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    detector = detector.to(device).to(memory_format=layout).train()
+    detector.to(device).to(memory_format=layout).train()
     solver = make_optimizer(detector, optimizer, learning_rate, weight_decay, backbone_lr_factor)
     factor = learning_rate_factor(schedule, warmup_iters, max_iters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
@@ -248,8 +252,8 @@ def train_detector(
         state["ema"] = averaged
     history = run.restore(state) if run is not None else {}
     done = len(history.get("iteration", ()))
-    network = _training_network(detector, device, compile)
-    # A GPU's batches are checked before the transfer, where looking at values costs no waiting.
+    network: Detector = _training_network(detector, device, compile)
+    # Batches for a GPU are checked before the transfer: reading values there would stall the step.
     checked_here = device.type != "cpu" or not getattr(detector, "checks_batches", False)
     num_classes = getattr(detector, "num_classes", None) if checked_here else None
 
@@ -267,7 +271,7 @@ def train_detector(
 
             with autocast:
                 losses = network(images, gt_boxes)
-            loss = sum(losses.values())
+            loss = functools.reduce(torch.add, losses.values())
             solver.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             if max_grad_norm is not None:
@@ -330,7 +334,7 @@ def _repeat(loader: DataLoader, num_batches: int) -> Iterator:
 
 
 def inference_with_detector(
-    detector: nn.Module,
+    detector: Detector,
     test_loader: DataLoader,
     idx_to_class: Mapping[int, str],
     score_thresh: float,
@@ -389,7 +393,7 @@ def inference_with_detector(
 
 
 def iterate_detections(
-    detector: nn.Module,
+    detector: Detector,
     test_loader: DataLoader,
     score_thresh: float,
     nms_thresh: float,
@@ -434,7 +438,7 @@ def iterate_detections(
 
 
 def evaluate_detector(
-    detector: nn.Module,
+    detector: Detector,
     dataset: VOC2007DetectionTiny,
     score_thresh: float,
     nms_thresh: float,
