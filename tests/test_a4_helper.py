@@ -240,6 +240,20 @@ def test_amp_runs_the_network_alone_in_bfloat16(loader, monkeypatch):
     assert seen["product"] == torch.float32
 
 
+def test_a_detector_compiles_its_network_itself_where_it_can(loader, monkeypatch):
+    class Compiled(Toy):
+        def compile_network(self, compile):
+            asked.append(compile)
+
+    asked: list[bool | str] = []
+    monkeypatch.setattr(Toy, "compile", lambda self: asked.append("whole"))
+    train_detector(Compiled(), loader, max_iters=1, compile=True)
+    train_detector(Compiled(), loader, max_iters=1)
+    train_detector(Toy(), loader, max_iters=1, compile=True)
+    train_detector(Toy(), loader, max_iters=1)
+    assert asked == [True, False, "whole"]
+
+
 def test_loss_plot(loader, tmp_path):
     train_detector(Toy(), loader, max_iters=4, plot_path=tmp_path / "plots/loss.png")
     with Image.open(tmp_path / "plots/loss.png") as picture:
