@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -22,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from a4_helper import VOC2007DetectionTiny, train_detector
 from eecs598.data import TrainingSampler, TrainingSet
-from eecs598.runtime.files import folder_lock
 from eecs598.training.checkpoint import (
     load_checkpoint,
     random_states,
@@ -525,17 +523,3 @@ def test_a_signal_to_the_command(shapes, tmp_path, number, status):
     stopped_at = int(re.search(r"after iteration (\d+)", text)[1])
     assert f"fcos train --resume --out {out}" in text
     assert load_checkpoint(out / "checkpoint.pt")["iteration"] == stopped_at
-
-
-def test_one_process_at_a_time(tmp_path):
-    with folder_lock(tmp_path):
-        (tmp_path / ".lock").write_text(f"{platform.node()} {os.getppid()}")  # it runs, surely
-        message = f"process {os.getppid()} is working"
-        with pytest.raises(ValueError, match=message), folder_lock(tmp_path):
-            pass
-    assert not (tmp_path / ".lock").exists()
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    (tmp_path / ".lock").write_text(f"{platform.node()} {ended.pid}")
-    with folder_lock(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
