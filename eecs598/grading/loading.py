@@ -27,33 +27,25 @@ import __future__
 
 import ast
 import builtins
-import collections.abc
 import contextlib
-import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import torch
-import torch.utils.model_zoo
-import torchvision
-from torch.overrides import TorchFunctionMode
 
+from eecs598.grading.compatibility import AbsentPackage, LibraryChanges
 from eecs598.grading.result import isolated, place_of
-from eecs598.grading.submission import PUBLIC_NAMES, Submission
+from eecs598.grading.source import index_of, parse_file
+from eecs598.grading.submission import PARTS, PUBLIC_NAMES, Submission
 
-__all__ = ["PARTS", "Loaded", "index_of", "load_submission", "parse_file", "unload"]
-
-PARTS = tuple(PUBLIC_NAMES)
+__all__ = ["Loaded", "load_submission", "unload"]
 
 # What of a submission is its author's own work: as much of it as possible is kept. The rest was
 # handed out, and there is a whole one to replace a broken one with.
@@ -62,8 +54,6 @@ OWN_WORK = {"common", "one_stage_detector"}
 THEIRS, OURS = "submission", "ours"  # the packages below which their and our files are imported
 
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "site-packages"}
-MAX_DEPTH = 6  # of folders in a submission
-MAX_REPAIRS = 20  # pieces that are left out of a file before it is given up
 MAX_NOTES = 40
 
 
@@ -110,7 +100,6 @@ def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLik
     loading = _Loading(files, ours)
     _changes.callback(loading.remove)
     with _as_before():
-        _changes.enter_context(_fixed_weights())
         loading.install()
         modules = {part: loading.load_part(part) for part in PARTS}
         loading.disown(modules)
@@ -144,186 +133,6 @@ def _as_before() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------
-
-
-def index_of(folder: Path) -> dict[str, Path]:
-    """The Python files of a submission by the name they are imported with.
-
-    The root is the highest folder with a part of the assignment, that with most of them where
-    there are several.
-    """
-    by_path = {}
-    for path in _python_files(folder):
-        # Some programs for Windows pack "A4\\common.py" as the name of a file.
-        relative = PurePosixPath(str(path.relative_to(folder)).replace("\\", "/"))
-        by_path[relative] = path
-    roots = {path.parent for path in by_path if path.stem in PARTS}
-
-    def rank(root: PurePosixPath) -> tuple[int, int, str]:
-        parts = sum(root / f"{part}.py" in by_path for part in PARTS)
-        return -parts, len(root.parts), str(root)
-
-    root = min(roots, key=rank, default=PurePosixPath("."))
-    names = {}
-    for path, file in sorted(by_path.items()):
-        if path.is_relative_to(root):
-            parts = path.relative_to(root).with_suffix("").parts
-            names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    names.pop("", None)
-    return names
-
-
-def _python_files(folder: Path) -> Iterator[Path]:
-    inside = folder.resolve()
-    for current, folders, files in os.walk(folder):
-        depth = len(Path(current).relative_to(folder).parts)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if depth < MAX_DEPTH and name not in SKIPPED_FOLDERS and not name.startswith(".")
-        )
-        for name in files:
-            path = Path(current, name)
-            if not name.endswith(".py") or name.startswith("."):
-                continue
-            is_file = os.path.isfile(path)
-            if path.is_symlink():  # it may lead anywhere on this machine
-                is_file = is_file and path.resolve().is_relative_to(inside)
-            # Where one may not even ask, reading it will say why.
-            if is_file or not os.path.lexists(path):
-                yield path
-
-
-def _read(path: Path) -> str:
-    """The text of a source file, whichever editor wrote it."""
-    raw = path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16", errors="replace")
-    try:
-        return importlib.util.decode_source(raw)
-    except (SyntaxError, UnicodeDecodeError):
-        return raw.decode("cp1252", errors="replace")
-
-
-def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
-    """Parse a file, without the pieces that are no Python.
-
-    Args:
-        path: where it lies.
-        file: how to call it.
-
-    Returns:
-        The tree, and a note on each piece left out.
-
-    Raises:
-        SyntaxError: nothing can be made of it.
-    """
-    lines = _read(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    notes = _resolve_conflicts(lines, file)
-    while True:
-        try:
-            return ast.parse("\n".join(lines)), notes
-        except SyntaxError as error:
-            if error.lineno is None or len(notes) == MAX_REPAIRS:
-                raise
-            # After "def f():" without a body, Python points to the line where it missed it.
-            earlier = re.search(r"expected an indented block after .* on line (\d+)", str(error))
-            number = int(earlier[1]) if earlier else error.lineno
-            number = min(max(number, 1), len(lines)) - 1
-            line = lines[number].strip()
-            if line.startswith(("%", "!")):
-                lines[number] = re.sub(r"\S.*", "pass", lines[number])
-                notes.append(f"{file}, line {number + 1}: {line[:40]!r} is for notebooks; left out")
-                continue
-            # A method by itself; what is around it, if that was not the reason.
-            start, end = _method(lines, number) or _top_level_block(lines, number)
-            if not any(lines[start:end]):
-                raise
-            first = _first_code(lines, start, end)
-            what = re.match(r"\s*((?:async )?def|class)\s+(\w+)", first)
-            name = f"{what[1]} {what[2]}" if what else f"lines {start + 1} to {end}"
-            notes.append(
-                f"{file}, line {error.lineno}: {type(error).__name__}: {error.msg}; {name} can't "
-                "be judged"
-            )
-            lines[start:end] = [""] * (end - start)
-            if first[:1].isspace():
-                indent = re.match(r"\s*", first)[0]
-                lines[start] = f"{indent}{_PLACEHOLDER}"  # a class needs something in it
-
-
-_PLACEHOLDER = "pass  # left out"
-
-
-def _method(lines: list[str], number: int) -> tuple[int, int] | None:
-    """First line and end of the method around a line, unless it was left out before."""
-
-    def indent(line: str) -> int:
-        return len(line.expandtabs()) - len(line.expandtabs().lstrip())
-
-    start = number
-    while start >= 0 and not re.match(r"\s+(async )?def ", lines[start]):
-        if re.match(r"\S", lines[start]) or lines[start].endswith(_PLACEHOLDER):
-            return None
-        start -= 1
-    if start < 0:
-        return None
-    end = start + 1
-    while end < len(lines) and (
-        not lines[end].strip() or indent(lines[end]) > indent(lines[start])
-    ):
-        end += 1
-    if end <= number:
-        return None
-    while lines[start - 1].lstrip().startswith("@"):
-        start -= 1
-    return start, end
-
-
-def _top_level_block(lines: list[str], number: int) -> tuple[int, int]:
-    """First line and end of the top-level statement around a line."""
-
-    def begins(index: int) -> bool:
-        line = lines[index]
-        return bool(line) and not line[0].isspace() and line[0] not in ")]}#"
-
-    start = number
-    while start > 0 and not begins(start):
-        start -= 1
-    while start > 0 and lines[start - 1].startswith("@"):
-        start -= 1
-    end = start
-    while end < number or lines[end].startswith("@") and end + 1 < len(lines):
-        end += 1  # an error may be in a decorator
-    end += 1
-    while end < len(lines) and not begins(end):
-        end += 1
-    return start, end
-
-
-def _resolve_conflicts(lines: list[str], file: str) -> list[str]:
-    """Keep the first side where Git has left both."""
-    notes, side = [], None
-    for number, line in enumerate(lines):
-        if line.startswith("<<<<<<< "):
-            notes.append(
-                f"{file}, line {number + 1}: an unresolved merge; its first side is judged"
-            )
-            side, lines[number] = 1, ""
-        elif side and line.startswith(">>>>>>> "):
-            side, lines[number] = None, ""
-        elif side and (side == 2 or line == "======="):
-            side, lines[number] = 2, ""
-    return notes
-
-
-def _first_code(lines: list[str], start: int, end: int) -> str:
-    return next((line for line in lines[start:end] if not line.startswith("@")), "")
-
-
-# --------------------------------------------------------------------------------------------
 # Importing
 # --------------------------------------------------------------------------------------------
 
@@ -336,16 +145,18 @@ class _Loading(importlib.abc.MetaPathFinder):
         self.notes: list[str] = []
         self.replaced: dict[str, str] = {}  # part -> why it is ours
         self.failed: set[str] = set()  # what raised when it was imported
-        self.cuda_is_cpu = False
+        self.changes = LibraryChanges(self.note)
         self.folder = next((theirs[part].parent.name for part in PARTS if part in theirs), None)
 
     def install(self) -> None:
+        self.changes.install()
         for package in (THEIRS, OURS):
             sys.modules[package] = ModuleType(package)
             sys.modules[package].__path__ = []
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
+        self.changes.undo()
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         for name in [name for name in sys.modules if name.split(".")[0] in (THEIRS, OURS)]:
@@ -485,9 +296,9 @@ class _Loading(importlib.abc.MetaPathFinder):
                     "be judged"
                 )
                 if fromlist:
-                    return _Absent(name)
+                    return AbsentPackage(name)
                 if error.name == top:
-                    return _Absent(top)
+                    return AbsentPackage(top)
                 return builtins.__import__(top, globals, locals, (), 0)
 
         return import_
@@ -522,7 +333,7 @@ class _Loader(importlib.abc.Loader):
         importer = self.loading.importer(package, _lines_of_guarded_imports(tree))
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": importer}
         if package == THEIRS:
-            _adapt(self.loading, tree, file)
+            self.loading.changes.adapt(tree, file)
         self._run(module, tree, file, keep_going=package == THEIRS and name in OWN_WORK)
         if package == THEIRS and name in PARTS:
             self.loading.fill_in(module, name)
@@ -586,159 +397,3 @@ def _lines_of_guarded_imports(tree: ast.Module) -> set[int]:
                     if isinstance(inner, (ast.Import, ast.ImportFrom))
                 }
     return lines
-
-
-class _Absent(ModuleType):
-    """Stands in for a package that is not installed, and for all that is in it."""
-
-    __path__: list[str] = []
-    __all__: list[str] = []
-
-    def __getattr__(self, name: str) -> _Absent:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Absent(f"{self.__name__}.{name}")
-
-    def _refuse(self, *args: object, **kwargs: object) -> None:
-        package = self.__name__.partition(".")[0]
-        raise ModuleNotFoundError(f"{self.__name__} was used, and {package} is not installed here")
-
-    __call__ = __iter__ = __getitem__ = __enter__ = __mro_entries__ = _refuse
-
-
-# --------------------------------------------------------------------------------------------
-# What has changed since, and what there is not
-# --------------------------------------------------------------------------------------------
-
-# Names that libraries have dropped, by the module that had them. They are put back where a file
-# names them.
-DROPPED = {
-    "numpy": {"float": float, "int": int, "object": object, "Inf": float("inf")},
-    "PIL.Image": {"ANTIALIAS": 1},  # LANCZOS
-    "collections": {name: getattr(collections.abc, name) for name in collections.abc.__all__},
-}
-
-
-def _adapt(loading: _Loading, tree: ast.Module, file: str) -> None:
-    """Make up for what a file expects of libraries and machine."""
-    for line, module_name, name in _dropped_names(tree):
-        module = importlib.import_module(module_name)
-        if not hasattr(module, name):
-            value = DROPPED[module_name][name]
-            _changes.enter_context(mock.patch.object(module, name, value, create=True))
-            loading.note(f"{file}, line {line}: {module_name}.{name} is gone from newer versions")
-    if (line := _line_of_cuda(tree)) is not None:
-        loading.note(f"{file}, line {line}: asks for a GPU whether there is one or not; given CPU")
-        if not loading.cuda_is_cpu:
-            loading.cuda_is_cpu = True
-            _changes.enter_context(_cuda_is_cpu())
-
-
-def _dropped_names(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
-    """Line, module and name of each use of a dropped name."""
-    short = {"np": "numpy", "numpy": "numpy", "Image": "PIL.Image", "collections": "collections"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = short.get(node.value.id)
-            if node.attr in DROPPED.get(module, ()):
-                yield node.lineno, module, node.attr
-        elif isinstance(node, ast.ImportFrom) and node.module in DROPPED:
-            for alias in node.names:
-                if alias.name in DROPPED[node.module]:
-                    yield node.lineno, node.module, alias.name
-
-
-def _line_of_cuda(node: ast.AST) -> int | None:
-    """The first line that asks for a GPU without looking whether there is one."""
-    if isinstance(node, ast.Compare):
-        return None
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.lineno if re.fullmatch(r"cuda(:\d*)?", node.value) else None
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "cuda":
-        return node.lineno
-    if isinstance(node, ast.Attribute) and re.fullmatch(
-        r"torch\.cuda\.(synchronize|\w+Tensor)", ast.unparse(node)
-    ):
-        return node.lineno
-    if isinstance(node, (ast.If, ast.IfExp)) and "cuda" in ast.unparse(node.test):
-        return None  # it looks
-    children = list(ast.iter_child_nodes(node))
-    if isinstance(node, ast.Dict):
-        children = node.values  # keys are names
-    elif isinstance(node, ast.Subscript):
-        children = [node.value]
-    lines = (_line_of_cuda(child) for child in children)
-    return next((line for line in lines if line is not None), None)
-
-
-class _CpuInstead(TorchFunctionMode):
-    """Reads a request for a GPU as one for the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        kwargs = {name: self._on_cpu(value) for name, value in (kwargs or {}).items()}
-        return func(*(self._on_cpu(value) for value in args), **kwargs)
-
-    @staticmethod
-    def _on_cpu(value: object) -> object:
-        if isinstance(value, torch.device):
-            return torch.device("cpu") if value.type == "cuda" else value
-        return "cpu" if isinstance(value, str) and value.startswith("cuda") else value
-
-
-@contextlib.contextmanager
-def _cuda_is_cpu() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for name in dir(torch.cuda):
-            if name.endswith("Tensor"):
-                on_cpu = getattr(torch, name)
-                stack.enter_context(mock.patch.object(torch.cuda, name, on_cpu))
-        stack.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda device=None: None))
-        stack.enter_context(_CpuInstead())
-        yield
-
-
-@contextlib.contextmanager
-def _fixed_weights() -> Iterator[None]:
-    """Give fixed random weights to whoever wants to download some, and hide GPUs."""
-    with contextlib.ExitStack() as stack:
-        for module, name in (
-            (torch.hub, "load_state_dict_from_url"),
-            (torch.utils.model_zoo, "load_url"),
-            (torchvision.models._api, "load_state_dict_from_url"),
-            (torchvision._internally_replaced_utils, "load_state_dict_from_url"),
-        ):
-            stack.enter_context(mock.patch.object(module, name, _state_dict_from_url))
-        stack.enter_context(mock.patch.object(torch.hub, "load", _load_from_hub))
-        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: False))
-        yield
-
-
-def _state_dict_from_url(url: str, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
-    return dict(_random_state_dict(_network_of(url)))
-
-
-def _network_of(url: str) -> str:
-    """Name of the network of torchvision that some weights belong to."""
-    names = torchvision.models.list_models()
-    for name in names:
-        if any(weights.url == url for weights in torchvision.models.get_model_weights(name)):
-            return name
-    name = PurePosixPath(url).stem.rpartition("-")[0]  # regnet_x_400mf-adf1edd5.pth
-    if name not in names:
-        raise ModuleNotFoundError(f"{url} can't be downloaded: there is no network here")
-    return name
-
-
-@functools.cache
-def _random_state_dict(name: str) -> dict[str, torch.Tensor]:
-    with isolated():
-        return torchvision.models.get_model(name, weights=None).state_dict()
-
-
-def _load_from_hub(repository: str, model: str, *args: object, **kwargs: object) -> object:
-    if not str(repository).startswith("pytorch/vision"):
-        raise ModuleNotFoundError(f"{repository} can't be downloaded: there is no network here")
-    kwargs = {key: kwargs[key] for key in kwargs if key not in ("pretrained", "weights")}
-    return torchvision.models.get_model(model, weights=None, **kwargs)

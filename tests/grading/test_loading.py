@@ -14,8 +14,8 @@ import torchvision
 import common
 import eecs598.utils
 from eecs598.grading import run_checks
-from eecs598.grading.loading import PARTS, load_submission, unload
-from eecs598.grading.submission import PUBLIC_NAMES
+from eecs598.grading.loading import load_submission, unload
+from eecs598.grading.submission import PARTS, PUBLIC_NAMES
 
 OURS = Path(common.__file__).parent
 

@@ -1,4 +1,4 @@
-"""Checks of the whole detector: losses, learning, detections, sizes and dtypes.
+"""Checks of the whole detector: detections, sizes and dtypes.
 
 To know what must come out, most of them plant predictions: ``pred_net`` is replaced by a module
 that returns given tensors, and ``backbone`` by one that takes no time. The location of each
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eecs598.grading.answers import plain
-from eecs598.grading.checks import reference
 from eecs598.grading.checks.locations import find_cell
-from eecs598.grading.checks.network import with_random_weights
 from eecs598.grading.checks.reference import STRIDES
 from eecs598.grading.checks.stubs import Predictions, locations_of, plant
 from eecs598.grading.result import CheckResult, expect, expect_close, once, show
@@ -29,287 +26,10 @@ from eecs598.grading.submission import NUM_CLASSES, Submission, build, evaluatin
 
 __all__ = [
     "APART",
-    "LossScene",
-    "SEVERAL",
     "check_inference",
-    "check_losses",
     "check_sizes_and_dtypes",
-    "check_training",
     "make_scene",
 ]
-
-LOSSES = ("loss_cls", "loss_box", "loss_ctr")
-
-
-# --------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------
-
-
-class LossScene(NamedTuple):
-    """A batch, and what is predicted for it."""
-
-    words: str
-    images: Tensor  # (B, 3, H, W)
-    gt_boxes: Tensor  # (B, M, 5)
-    everywhere: list[list[float]] | None = None  # rows of the predictions; random unless given
-
-    def predictions(self, locations: Mapping[str, Tensor]) -> Predictions:
-        generator = torch.Generator().manual_seed(0)
-        shapes = {level: (len(self.images), len(points)) for level, points in locations.items()}
-        if self.everywhere is None:
-            return [
-                {level: torch.randn(*s, c, generator=generator) for level, s in shapes.items()}
-                for c in (NUM_CLASSES, 4, 1)
-            ]
-        return [
-            {level: torch.tensor(row).repeat(*s, 1) for level, s in shapes.items()}
-            for row in self.everywhere
-        ]
-
-
-# The smallest one, to be followed by hand: its box holds the location (12, 12) of p3 and no other
-# one that its size belongs to.
-ONE_LOCATION = LossScene(
-    "an image of 64 x 64, the box [9, 10, 18, 17] of class 2, which the location [12, 12] of p3 "
-    "matches; predicted everywhere: class logits [0.5, 0, -0.5], deltas [1, 2, 3, 4], centerness "
-    "logit 0.5",
-    torch.zeros(1, 3, 64, 64),
-    torch.tensor([[[9.0, 10, 18, 17, 2]]]),
-    [[0.5, 0.0, -0.5], [1.0, 2.0, 3.0, 4.0], [0.5]],
-)
-# Fractions, so that no location lies on the side of a box or at the end of a level's range.
-SEVERAL = LossScene(
-    "2 images of 64 x 192 with 3 boxes and 1 box, random predictions",
-    torch.zeros(2, 3, 64, 192),
-    torch.tensor(
-        [
-            [[10.3, 8.7, 45.2, 37.9, 0], [14.6, 11.1, 33.4, 30.3, 2], [2.1, 3.3, 94.6, 60.2, 1]],
-            [[1.7, 2.4, 188.9, 61.3, 2], [-1] * 5, [-1] * 5],
-        ]
-    ),
-)
-
-
-class _LossSteps(NamedTuple):
-    """Training steps on planted predictions."""
-
-    got: list[dict[str, Tensor]]  # of each step
-    expected: list[dict[str, float]]
-    foreground: float  # locations per image
-
-    def divisor_factor(self) -> float | None:
-        """What at least two of the losses are off by, which then is the divisor's; or None."""
-        got, expected = self.got[0], self.expected[0]
-        ratios = sorted(float(got[name]) / expected[name] for name in LOSSES if name in got)
-        agreeing = [a for a, b in pairwise(ratios) if a > 0 and math.isclose(a, b, rel_tol=1e-4)]
-        return agreeing[0] if agreeing else None
-
-
-def check_losses(submission: Submission) -> CheckResult:
-    """``FCOS`` in training mode: each loss against its formula, background, divisor."""
-    result = CheckResult("losses")
-    steps = once(lambda: _run_planted_losses(submission, SEVERAL, num_steps=2))
-    small_step = once(lambda: _run_planted_losses(submission, ONE_LOCATION, num_steps=1))
-
-    with result.probe("a dict of three finite scalars"):
-        losses = steps().got[0]
-        expect(
-            sorted(losses) == sorted(LOSSES),
-            f"expected the keys {list(LOSSES)}, got {show(list(losses))}",
-        )
-        for name, loss in losses.items():
-            expect(
-                isinstance(loss, Tensor) and loss.numel() == 1 and bool(loss.isfinite()),
-                f"{name}: expected a finite scalar, got {show(loss)}",
-            )
-
-    for name, formula in (
-        ("loss_cls", "sum of the focal loss (alpha 0.25, gamma 2) over all locations and classes"),
-        ("loss_box", "sum of 0.25 * L1 of the deltas over foreground locations"),
-        ("loss_ctr", "sum of the binary cross entropy over foreground locations"),
-    ):
-        with result.probe(f"{name} follows its formula"):
-            for scene, run in ((ONE_LOCATION, small_step()), (SEVERAL, steps())):
-                # A wrong divisor, common to the losses, is the matter of the next probe.
-                factor = run.divisor_factor() or 1.0
-                expect(name in run.got[0], f"expected it among the losses, got {list(run.got[0])}")
-                expected, got = run.expected[0][name] * factor, float(run.got[0][name])
-                divisor = len(scene.images) * (0.9 * 150 + 0.1 * run.foreground) / factor
-                expect(
-                    math.isclose(got, expected, rel_tol=1e-4),
-                    f"{scene.words}: expected {expected:.6g} = {expected * divisor:.6g} / "
-                    f"{divisor:.6g}, the {formula}, divided by images and moving average, got "
-                    f"{got:.6g}, {got / expected:.6g} times as much",
-                )
-
-    with result.probe("divided by images and the moving average of foreground"):
-        factor = steps().divisor_factor()
-        got = "losses off by different factors"
-        if factor is not None:
-            got = f"losses {factor:.4g} times as large"
-        expect(
-            factor is not None and abs(factor - 1) < 1e-4,
-            f"first batch, 2 images with {steps().foreground:g} foreground locations per image: "
-            f"expected the sums divided by {_divisor(steps().foreground, 2)}, got {got}",
-        )
-
-    with result.probe("the moving average moves on"):
-        first, second = (float(losses["loss_cls"]) for losses in steps().got)
-        before, after = (losses["loss_cls"] for losses in steps().expected)
-        expect(first > 0, f"the same batch once more: expected loss_cls above 0, got {first:g}")
-        expect(
-            math.isclose(second / first, after / before, rel_tol=1e-4),
-            "the same batch once more: expected average = 0.9 * average + 0.1 * foreground "
-            f"locations per image, and so losses {after / before:.4g} times those before, got "
-            f"{second / first:.4g} times",
-        )
-
-    with result.probe("no box and centerness loss from background"):
-        padding = SEVERAL._replace(gt_boxes=torch.full((2, 3, 5), -1.0))
-        run = _run_planted_losses(submission, padding, num_steps=1)
-        for name in ("loss_box", "loss_ctr"):
-            got = float(run.got[0][name])
-            expect(got == 0, f"images without boxes: expected {name} 0, got {show(got)}")
-
-    with result.probe("one image without boxes among others"):
-        mixed = SEVERAL.gt_boxes.clone()
-        mixed[1] = -1
-        run = _run_planted_losses(submission, SEVERAL._replace(gt_boxes=mixed), num_steps=1)
-        for name in LOSSES:
-            got = float(run.got[0][name])
-            expect(
-                math.isfinite(got) and got > 0,
-                f"second image of two without boxes: expected a finite {name} above 0, got "
-                f"{show(got)}",
-            )
-
-    with result.probe("input unchanged"):
-        locations = locations_of(submission, SEVERAL.images)
-        detector = training(plant(submission, SEVERAL.predictions(locations)))
-        images, gt_boxes = torch.randn_like(SEVERAL.images), SEVERAL.gt_boxes.clone()
-        before = images.clone()
-        detector(images, gt_boxes)
-        expect_close("images after a training step", images, before)
-        expect_close("gt_boxes after a training step", gt_boxes, SEVERAL.gt_boxes)
-    return result
-
-
-def _divisor(foreground: float, num_images: int) -> str:
-    return f"{num_images} * (0.9 * 150 + 0.1 * {foreground:g})"
-
-
-def _run_planted_losses(submission: Submission, scene: LossScene, num_steps: int) -> _LossSteps:
-    locations = locations_of(submission, scene.images)
-    predictions = scene.predictions(locations)
-    sums, foreground = reference.sums_of_losses(locations, predictions, scene.gt_boxes)
-    detector = training(plant(submission, predictions))
-
-    got, expected, average = [], [], reference.FIRST_AVERAGE
-    for _ in range(num_steps):
-        losses = plain(detector(scene.images.clone(), scene.gt_boxes.clone()))
-        expect(isinstance(losses, dict), f"expected a dict of losses, got {show(losses)}")
-        got.append(losses)
-        average = 0.9 * average + 0.1 * foreground
-        expected.append({name: s / (len(scene.images) * average) for name, s in sums.items()})
-    return _LossSteps(got, expected, foreground)
-
-
-class _Overfitted(NamedTuple):
-    """A few steps of training on one batch."""
-
-    trained: dict[str, float]  # losses after the steps
-    untrained: dict[str, float]  # those of the weights before
-    gradients: dict[str, Tensor | None]  # of the first step, by the name of the parameter
-
-
-def check_training(submission: Submission) -> CheckResult:
-    """A few optimizer steps on one small batch must reduce the losses."""
-    result = CheckResult("training")
-    num_steps = 24
-
-    @once
-    def overfitted() -> _Overfitted:
-        images = torch.randn(2, 3, 64, 96)
-        gt_boxes = torch.tensor(
-            [
-                [[6.0, 8, 44, 40, 0], [40, 20, 90, 60, 1]],
-                [[10.0, 4, 80, 60, 2], [-1] * 5],
-            ]
-        )
-        detector = training(submission.detector())
-        # The head's initial weights of 0.01 would take a hundred steps to grow.
-        with_random_weights(detector.pred_net.stem_cls)
-        with_random_weights(detector.pred_net.stem_box)
-        before = [parameter.detach().clone() for parameter in detector.parameters()]
-        gradients = {}
-        optimizer = torch.optim.Adam(detector.parameters(), lr=1.5e-3)
-        for step in range(num_steps):
-            optimizer.zero_grad()
-            sum(plain(detector(images, gt_boxes)).values()).backward()
-            if step == 0:
-                gradients = {
-                    name: None if parameter.grad is None else plain(parameter.grad).clone()
-                    for name, parameter in detector.named_parameters()
-                }
-            optimizer.step()
-        # The divisor falls from 150 to the foreground of this batch, so even a detector that
-        # learns shows rising losses. So the weights of before are judged now, too, and first: the
-        # later of two calls has the lower divisor.
-        after = [parameter.detach().clone() for parameter in detector.parameters()]
-        untrained, trained = (
-            _losses_with(detector, weights, images, gt_boxes) for weights in (before, after)
-        )
-        return _Overfitted(trained, untrained, gradients)
-
-    def expect_fall(got: float, untrained: float, what: str) -> None:
-        steps = f"{num_steps} steps of Adam on one batch of 2 images"
-        expect(got >= 0, f"{steps}: expected {what} not to be negative, got {got:.4g}")
-        expect(
-            got < 0.95 * untrained,
-            f"{steps}: expected {what} to fall below 95 % of the untrained {untrained:.4g}, got "
-            f"{got:.4g}",
-        )
-
-    with result.probe("the sum of the losses falls on one batch"):
-        run = overfitted()
-        expect_fall(sum(run.trained.values()), sum(run.untrained.values()), "the sum of the losses")
-
-    for name in ("loss_cls", "loss_box"):  # the entropy of its targets bounds loss_ctr from below
-        with result.probe(f"{name} falls on one batch"):
-            run = overfitted()
-            expect_fall(run.trained[name], run.untrained[name], name)
-
-    with result.probe("gradients reach pyramid, head and backbone"):
-        backbone_has_some = False
-        for name, gradient in overfitted().gradients.items():
-            reached = gradient is not None and bool(gradient.isfinite().all())
-            if "fpn_params" in name or name.startswith("pred_net"):
-                got = "none" if gradient is None else "NaN or infinity"
-                expect(
-                    reached, f"one training step: expected a finite gradient of {name}, got {got}"
-                )
-            else:  # layers may be frozen, or left over from the classification network
-                backbone_has_some |= reached
-        expect(
-            backbone_has_some,
-            "one step: expected gradients of the backbone, got none",
-        )
-    return result
-
-
-@torch.no_grad()
-def _losses_with(
-    detector: nn.Module, weights: Sequence[Tensor], images: Tensor, gt_boxes: Tensor
-) -> dict[str, float]:
-    for parameter, values in zip(detector.parameters(), weights, strict=True):
-        parameter.copy_(values)
-    return {name: float(loss) for name, loss in plain(detector(images, gt_boxes)).items()}
-
-
-# --------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------
 
 
 class _Planted(NamedTuple):

@@ -28,13 +28,9 @@ from eecs598.grading.checks.a4_helper import (
     check_evaluation_export,
     check_train_detector,
 )
-from eecs598.grading.checks.detector import (
-    check_inference,
-    check_losses,
-    check_sizes_and_dtypes,
-    check_training,
-)
+from eecs598.grading.checks.detector import check_inference, check_sizes_and_dtypes
 from eecs598.grading.checks.locations import check_location_coords, check_location_order
+from eecs598.grading.checks.losses import check_losses, check_training
 from eecs598.grading.checks.network import check_backbone, check_head, check_hello
 from eecs598.grading.checks.nms import check_class_spec_nms, check_nms
 from eecs598.grading.checks.targets import (

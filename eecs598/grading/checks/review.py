@@ -24,18 +24,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eecs598.grading.checks.a4_helper import EVALUATED, export_detections
-from eecs598.grading.checks.detector import APART, SEVERAL, LossScene, make_scene
+from eecs598.grading.checks.detector import APART, make_scene
 from eecs598.grading.checks.locations import (
     ADVICE,
     expect_local_gradients,
     expect_responses_in_place,
 )
+from eecs598.grading.checks.losses import SEVERAL, LossScene
 from eecs598.grading.checks.network import build_backbone
 from eecs598.grading.checks.nms import cell_boxes
 from eecs598.grading.checks.reference import STRIDES
 from eecs598.grading.checks.stubs import locations_of, plant
-from eecs598.grading.loading import index_of, parse_file
 from eecs598.grading.result import Wrong, isolated, place_in, show
+from eecs598.grading.source import index_of, parse_file
 from eecs598.grading.submission import Submission, evaluating, training
 
 __all__ = ["find"]

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torchvision.ops import nms
 
-from eecs598.grading.loading import index_of, parse_file
 from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, isolated
+from eecs598.grading.source import index_of, parse_file
 
 __all__ = ["Watch", "broken_tools", "suspicious_code"]
 

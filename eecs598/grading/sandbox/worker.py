@@ -26,10 +26,11 @@ import torch
 
 from eecs598.grading.checks.registry import CHECKS
 from eecs598.grading.checks.review import find
-from eecs598.grading.loading import PARTS, load_submission
+from eecs598.grading.loading import load_submission
 from eecs598.grading.result import CheckResult
 from eecs598.grading.sandbox.isolation import Limits, confine, limit_cpu
 from eecs598.grading.sandbox.tampering import Watch, broken_tools, suspicious_code
+from eecs598.grading.submission import PARTS
 
 __all__ = ["FINDINGS", "Job", "work"]
 
