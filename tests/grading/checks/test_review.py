@@ -9,10 +9,22 @@ import pytest
 import common
 from eecs598.grading.checks import review as findings
 from eecs598.grading.checks.review import find
-from tests.grading.test_checks import LOCATIONS, MUTANTS, OURS, load
+from tests.grading.checks import (
+    test_a4_helper,
+    test_detector,
+    test_locations,
+    test_network,
+    test_targets,
+)
+from tests.grading.checks.mutants import LOCATIONS, OURS, load
 
 FOLDER = Path(common.__file__).parent
-BY_NAME = {mutant.name: (mutant.module, mutant.old, mutant.new) for mutant in MUTANTS}
+FILES = (test_network, test_locations, test_targets, test_detector, test_a4_helper)
+BY_NAME = {
+    mutant.name: (mutant.module, mutant.old, mutant.new)
+    for file in FILES
+    for mutant in file.MUTANTS
+}
 
 # A change of this repository, and words of the one thing that is to be said of it.
 SAID = {

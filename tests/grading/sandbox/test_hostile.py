@@ -17,7 +17,7 @@ from eecs598.grading.sandbox import isolation
 from eecs598.grading.sandbox import worker as child
 from eecs598.grading.sandbox.runner import Graded, Options, grade_folders
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PARTS = ("common", "one_stage_detector", "a4_helper")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what confines needs Linux")
