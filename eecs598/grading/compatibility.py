@@ -1,4 +1,8 @@
-"""Make up for what a submission expects of this machine and of older libraries."""
+"""Substitutes for what a submission expects and this machine lacks.
+
+That is: packages that are not installed, pretrained weights, a GPU, and names that libraries have
+removed.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ import contextlib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from types import ModuleType
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -24,7 +29,7 @@ __all__ = ["AbsentPackage", "LibraryChanges"]
 
 
 class AbsentPackage(ModuleType):
-    """Stands in for a package that is not installed, and for all that is in it."""
+    """A substitute for a package that is not installed, and for all it contains; its use raises."""
 
     __path__: list[str] = []
     __all__: list[str] = []
@@ -34,7 +39,7 @@ class AbsentPackage(ModuleType):
             raise AttributeError(name)
         return AbsentPackage(f"{self.__name__}.{name}")
 
-    def _refuse(self, *args: object, **kwargs: object) -> None:
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         package = self.__name__.partition(".")[0]
         raise ModuleNotFoundError(f"{self.__name__} was used, and {package} is not installed here")
 
@@ -42,12 +47,11 @@ class AbsentPackage(ModuleType):
 
 
 # --------------------------------------------------------------------------------------------
-# What has changed since, and what there is not
+# Changes to libraries
 # --------------------------------------------------------------------------------------------
 
-# Names that libraries have dropped, by the module that had them. They are put back where a file
-# names them.
-DROPPED = {
+# Names that libraries have removed, by module. They are added again if a file uses them.
+REMOVED_NAMES: dict[str, dict[str, object]] = {
     "numpy": {"float": float, "int": int, "object": object, "Inf": float("inf")},
     "PIL.Image": {"ANTIALIAS": 1},  # LANCZOS
     "collections": {name: getattr(collections.abc, name) for name in collections.abc.__all__},
@@ -55,7 +59,11 @@ DROPPED = {
 
 
 class LibraryChanges:
-    """Changes to libraries for one submission, which ``undo`` takes back together."""
+    """Changes to libraries for one submission.
+
+    Args:
+        note: called with a sentence for each change that a file makes necessary.
+    """
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
@@ -63,46 +71,51 @@ class LibraryChanges:
         self._cuda_is_cpu = False
 
     def install(self) -> None:
-        """Make the changes that every submission gets."""
+        """Replace pretrained weights, and hide GPUs; every submission gets these changes."""
         self._stack.enter_context(_fixed_weights())
 
     def adapt(self, tree: ast.Module, file: str) -> None:
-        """Make up for what a file expects of libraries and machine."""
-        for line, module_name, name in _dropped_names(tree):
+        """Add the removed names that a file uses, and run it on the CPU if it requires a GPU.
+
+        Args:
+            tree: the parsed file.
+            file: its name in notes.
+        """
+        for line, module_name, name in _removed_names(tree):
             module = importlib.import_module(module_name)
             if not hasattr(module, name):
-                value = DROPPED[module_name][name]
+                value = REMOVED_NAMES[module_name][name]
                 self._stack.enter_context(mock.patch.object(module, name, value, create=True))
                 self._note(f"{file}, line {line}: {module_name}.{name} is gone from newer versions")
-        if (line := _line_of_cuda(tree)) is not None:
+        if (cuda_line := _line_of_cuda(tree)) is not None:
             self._note(
-                f"{file}, line {line}: asks for a GPU whether there is one or not; given CPU"
+                f"{file}, line {cuda_line}: asks for a GPU whether there is one or not; given CPU"
             )
             if not self._cuda_is_cpu:
                 self._cuda_is_cpu = True
-                self._stack.enter_context(_cuda_is_cpu())
+                self._stack.enter_context(_cuda_as_cpu())
 
     def undo(self) -> None:
-        """Take all changes back."""
+        """Undo all changes."""
         self._stack.close()
 
 
-def _dropped_names(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
-    """Line, module and name of each use of a dropped name."""
+def _removed_names(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+    """Find each use of a removed name: its line, module and name."""
     short = {"np": "numpy", "numpy": "numpy", "Image": "PIL.Image", "collections": "collections"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = short.get(node.value.id)
-            if node.attr in DROPPED.get(module, ()):
+            module = short.get(node.value.id, "")
+            if node.attr in REMOVED_NAMES.get(module, {}):
                 yield node.lineno, module, node.attr
-        elif isinstance(node, ast.ImportFrom) and node.module in DROPPED:
+        elif isinstance(node, ast.ImportFrom) and node.module in REMOVED_NAMES:
             for alias in node.names:
-                if alias.name in DROPPED[node.module]:
+                if alias.name in REMOVED_NAMES[node.module]:
                     yield node.lineno, node.module, alias.name
 
 
 def _line_of_cuda(node: ast.AST) -> int | None:
-    """The first line that asks for a GPU without looking whether there is one."""
+    """Return the first line that requires a GPU without testing whether there is one."""
     if isinstance(node, ast.Compare):
         return None
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -114,24 +127,30 @@ def _line_of_cuda(node: ast.AST) -> int | None:
     ):
         return node.lineno
     if isinstance(node, (ast.If, ast.IfExp)) and "cuda" in ast.unparse(node.test):
-        return None  # it looks
-    children = list(ast.iter_child_nodes(node))
+        return None  # it tests for one
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
     if isinstance(node, ast.Dict):
-        children = node.values  # keys are names
+        children = node.values  # "cuda" as a key is a name
     elif isinstance(node, ast.Subscript):
         children = [node.value]
     lines = (_line_of_cuda(child) for child in children)
     return next((line for line in lines if line is not None), None)
 
 
-class _CpuInstead(TorchFunctionMode):
-    """Reads a request for a GPU as one for the CPU."""
+class _CudaAsCpu(TorchFunctionMode):
+    """Makes PyTorch functions that are told to use a GPU use the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
-        kwargs = {name: self._on_cpu(value) for name, value in (kwargs or {}).items()}
-        return func(*(self._on_cpu(value) for value in args), **kwargs)
+        options = {name: self._on_cpu(value) for name, value in (kwargs or {}).items()}
+        return func(*(self._on_cpu(value) for value in args), **options)
 
     @staticmethod
     def _on_cpu(value: object) -> object:
@@ -141,20 +160,21 @@ class _CpuInstead(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _cuda_is_cpu() -> Iterator[None]:
+def _cuda_as_cpu() -> Iterator[None]:
+    """Run everything that requires a GPU on the CPU."""
     with contextlib.ExitStack() as stack:
         for name in dir(torch.cuda):
             if name.endswith("Tensor"):
                 on_cpu = getattr(torch, name)
                 stack.enter_context(mock.patch.object(torch.cuda, name, on_cpu))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda device=None: None))
-        stack.enter_context(_CpuInstead())
+        stack.enter_context(_CudaAsCpu())
         yield
 
 
 @contextlib.contextmanager
 def _fixed_weights() -> Iterator[None]:
-    """Give fixed random weights to whoever wants to download some, and hide GPUs."""
+    """Return fixed random weights instead of downloading pretrained ones, and hide GPUs."""
     with contextlib.ExitStack() as stack:
         for module, name in (
             (torch.hub, "load_state_dict_from_url"),
@@ -173,12 +193,12 @@ def _state_dict_from_url(url: str, *args: object, **kwargs: object) -> dict[str,
 
 
 def _network_of(url: str) -> str:
-    """Name of the network of torchvision that some weights belong to."""
+    """Return the name of the torchvision network that the weights at a URL belong to."""
     names = torchvision.models.list_models()
     for name in names:
         if any(weights.url == url for weights in torchvision.models.get_model_weights(name)):
             return name
-    name = PurePosixPath(url).stem.rpartition("-")[0]  # regnet_x_400mf-adf1edd5.pth
+    name = PurePosixPath(url).stem.rpartition("-")[0]  # such as regnet_x_400mf-adf1edd5.pth
     if name not in names:
         raise ModuleNotFoundError(f"{url} can't be downloaded: there is no network here")
     return name

@@ -1,25 +1,25 @@
-"""Imports what somebody handed in, as it comes.
+"""Import the modules of a submission, even if some of its files are broken or missing.
 
-The files of a submission are imported below a package of their own, ``submission``, so that
-nothing of the grader carries their names: ``import eecs598`` in a file of the submission gives the
-submission's ``eecs598``, and the same line in the grader gives the grader's. What decides is the
-importing file, because each file runs with an ``__import__`` of its own among its builtins.
+The files of a submission are imported below a package of their own, ``submission``, so that they
+can't replace modules of the grader: ``import eecs598`` in a file of the submission finds the
+submission's ``eecs598``, and the same statement in the grader finds the grader's. The importing
+file decides, because each file runs with its own ``__import__`` among its builtins.
 
-A file of the submission
+What is tolerated in the files of a submission:
 
-* may hold syntax errors and lines of a notebook: the function or class they are in is left out;
-* may fail half-way: where a statement at the top level of ``common.py`` or
-  ``one_stage_detector.py`` raises, the next one follows;
-* may import packages that are not installed: importing them works, using them raises;
-* may ask for pretrained weights: it gets fixed random ones, and nothing is downloaded;
-* may ask for a GPU: it gets the CPU;
-* may use a few names that its libraries have dropped since.
+* syntax errors and notebook magics: the function or class that contains them is left out;
+* errors at import: if a top-level statement of ``common.py`` or ``one_stage_detector.py`` raises,
+  loading continues with the next statement;
+* packages that are not installed: importing them works, using them raises;
+* pretrained weights: fixed random weights are given instead, and nothing is downloaded;
+* a GPU that is taken for granted: the CPU is used;
+* a few names that libraries have removed since the assignment was written.
 
-Of all this the notes of the result tell. A file that is missing or can't be imported, and a
-function that a file lacks, is replaced by that of another folder, and so are functions that are
-not written yet where others call them (``eecs598.grading.submission.completed``). The process is
-expected to be one made for this submission: the changes to libraries stay until ``unload`` or the
-next submission.
+The notes of the result list all of this. A file that is missing or can't be imported, and a
+function that a file lacks, is replaced by the reference solution's; so are functions that are not
+written yet where other parts call them (``eecs598.grading.submission.completed``). The process
+should be used for one submission only: changes to libraries stay until ``unload`` or the next
+submission.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,16 +42,17 @@ import torch
 
 from eecs598.grading.compatibility import AbsentPackage, LibraryChanges
 from eecs598.grading.result import isolated, place_of
-from eecs598.grading.source import index_of, parse_file
-from eecs598.grading.submission import PARTS, PUBLIC_NAMES, Submission
+from eecs598.grading.source import index_modules, parse_file
+from eecs598.grading.submission import GRADER, PARTS, PUBLIC_NAMES, Submission
 
 __all__ = ["Loaded", "load_submission", "unload"]
 
-# What of a submission is its author's own work: as much of it as possible is kept. The rest was
-# handed out, and there is a whole one to replace a broken one with.
+# The parts that students write: as much of them as possible is kept. The other part was handed out,
+# so a broken one is replaced as a whole.
 OWN_WORK = {"common", "one_stage_detector"}
 
-THEIRS, OURS = "submission", "ours"  # the packages below which their and our files are imported
+# The packages below which the files of the submission and of the reference solution are imported.
+THEIRS, OURS = "submission", "ours"
 
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "site-packages"}
 MAX_NOTES = 40
@@ -62,9 +63,10 @@ class Loaded:
     """A submission ready for the checks.
 
     Attributes:
-        submission: its modules; some may be ours, see ``Submission.replaced``.
-        notes: what is to be known about it, a line each: which files are theirs and which ours,
-            what could not be imported and why, what was changed to run it here.
+        submission: its modules; some may be the reference solution's, see
+            ``Submission.replaced``.
+        notes: one line each: which files were used and which replaced, what could not be imported
+            and why, and what was changed to run it here.
     """
 
     submission: Submission
@@ -74,16 +76,16 @@ class Loaded:
 def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLike) -> Loaded:
     """Import the three modules of a submission.
 
-    Nothing is written to the folder, and whatever its files print, raise or change in this
-    process ends up in the notes or is undone.
+    Nothing is written to the folder. What its files print is dropped, what they raise is noted, and
+    what they change in this process is undone.
 
     Args:
-        folder: what was handed in; the files may lie in a folder inside it.
-        fallback_folder: where our ``common.py``, ``one_stage_detector.py`` and ``a4_helper.py``
-            lie.
+        folder: of the submission; its files may lie in a folder inside it.
+        fallback_folder: folder of the reference solution's ``common.py``,
+            ``one_stage_detector.py`` and ``a4_helper.py``.
 
     Raises:
-        ValueError: the folder does not exist, or ours are not where they should be.
+        ValueError: the folder does not exist, or a file of the reference solution is missing.
     """
     folder, fallback_folder = Path(folder), Path(fallback_folder)
     if not folder.is_dir():
@@ -95,23 +97,23 @@ def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLik
             "replace what a submission lacks."
         )
     unload()
-    files = index_of(folder)
+    files = index_modules(folder)
     ours = {part: fallback_folder / f"{part}.py" for part in PARTS}
-    loading = _Loading(files, ours)
-    _changes.callback(loading.remove)
-    with _as_before():
-        loading.install()
-        modules = {part: loading.load_part(part) for part in PARTS}
-        loading.disown(modules)
+    finder = _SubmissionFinder(files, ours)
+    _changes.callback(finder.remove)
+    with _preserved_process_state():
+        finder.install()
+        modules = {part: finder.load_part(part) for part in PARTS}
+        finder.mark_reference_code(modules)
     submission = Submission(
         **modules,
-        replaced=loading.replaced,
+        replaced=finder.replaced,
         ours=lambda part: importlib.import_module(f"{OURS}.{part}"),
     )
-    return Loaded(submission, [loading.summary(), *loading.notes])
+    return Loaded(submission, [finder.summary(), *finder.notes])
 
 
-_changes = contextlib.ExitStack()  # what has to be undone before the next submission
+_changes = contextlib.ExitStack()  # to be undone before the next submission
 
 
 def unload() -> None:
@@ -120,8 +122,8 @@ def unload() -> None:
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Undo what importing a file easily changes for everybody."""
+def _preserved_process_state() -> Iterator[None]:
+    """Undo changes that files often make to the whole process when they are imported."""
     folder, dtype, path = os.getcwd(), torch.get_default_dtype(), list(sys.path)
     with isolated(), torch.enable_grad():
         try:
@@ -137,18 +139,19 @@ def _as_before() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------
 
 
-class _Loading(importlib.abc.MetaPathFinder):
-    """One submission: finds its files and says which import means which of them."""
+class _SubmissionFinder(importlib.abc.MetaPathFinder):
+    """Finds the files of one submission, and decides which file an import statement means."""
 
     def __init__(self, theirs: dict[str, Path], ours: dict[str, Path]) -> None:
         self.files = {THEIRS: theirs, OURS: ours}
         self.notes: list[str] = []
-        self.replaced: dict[str, str] = {}  # part -> why it is ours
-        self.failed: set[str] = set()  # what raised when it was imported
+        self.replaced: dict[str, str] = {}  # part, or "part.name" -> why it was replaced
+        self.failed: set[str] = set()  # modules that raised when they were imported
         self.changes = LibraryChanges(self.note)
         self.folder = next((theirs[part].parent.name for part in PARTS if part in theirs), None)
 
     def install(self) -> None:
+        """Prepare the process for importing the submission."""
         self.changes.install()
         for package in (THEIRS, OURS):
             sys.modules[package] = ModuleType(package)
@@ -156,6 +159,7 @@ class _Loading(importlib.abc.MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
+        """Undo ``install``, and forget the imported modules."""
         self.changes.undo()
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -163,12 +167,13 @@ class _Loading(importlib.abc.MetaPathFinder):
             del sys.modules[name]
 
     def note(self, sentence: str) -> None:
+        """Add a note, on one line, unless it exists already."""
         sentence = " ".join(sentence.split())
         if sentence not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(sentence)
 
     def summary(self) -> str:
-        """Which of the files are theirs and which ours, in one line."""
+        """Say in one line which files are the submission's and which the reference solution's."""
         theirs = [f"{part}.py" for part in PARTS if part not in self.replaced]
         ours = [f"{part}.py ({self.replaced[part]})" for part in PARTS if part in self.replaced]
         ours += [name.partition(".")[2] for name in self.replaced if "." in name]
@@ -179,7 +184,7 @@ class _Loading(importlib.abc.MetaPathFinder):
         return f"used: {'; '.join(words)}"
 
     def load_part(self, part: str) -> ModuleType:
-        """A part of the submission, or ours."""
+        """Return a part of the submission, or the reference one if that can't be imported."""
         if part not in self.files[THEIRS]:
             others = sorted(name for name in self.files[THEIRS] if "." not in name)
             found = f"; found: {', '.join(f'{name}.py' for name in others[:6])}" if others else ""
@@ -192,24 +197,24 @@ class _Loading(importlib.abc.MetaPathFinder):
         self.replaced[part] = "theirs can't be imported"
         return importlib.import_module(f"{OURS}.{part}")
 
-    def fill_in(self, module: ModuleType, part: str) -> None:
-        """Give a module of theirs ours of what it lacks, for others to import."""
+    def fill_gaps(self, module: ModuleType, part: str) -> None:
+        """Add the reference functions that a module of the submission lacks, for its importers."""
         for name in PUBLIC_NAMES[part]:
             if not hasattr(module, name):
                 ours = importlib.import_module(f"{OURS}.{part}")
                 setattr(module, name, getattr(ours, name))
                 self.replaced[f"{part}.{name}"] = f"{part}.py does not define it"
 
-    def disown(self, modules: dict[str, ModuleType]) -> None:
-        """Note which public names of a submission stand for what is ours, however it got there."""
+    def mark_reference_code(self, modules: dict[str, ModuleType]) -> None:
+        """Mark the submission's names that refer to code of the reference solution as replaced."""
         for part, module in modules.items():
             for name in PUBLIC_NAMES[part] if part not in self.replaced else ():
                 origin = str(getattr(getattr(module, name), "__module__", ""))
-                if origin in PARTS or origin.startswith((f"{OURS}.", __package__)):
+                if origin in PARTS or origin.startswith((f"{OURS}.", GRADER)):
                     self.replaced.setdefault(f"{part}.{name}", "it is ours")
 
     def try_import(self, name: str) -> ModuleType | None:
-        """Import a file of the submission; where that fails, note why and return None."""
+        """Import a file of the submission; if that fails, note why and return None."""
         if name in self.failed:
             return None
         try:
@@ -225,25 +230,29 @@ class _Loading(importlib.abc.MetaPathFinder):
             return None
 
     def name_of(self, fullname: str) -> str:
-        """A file's name as its author knows it."""
+        """Return the file name of a module as its author knows it."""
         package, _, name = fullname.partition(".")
         path = self.files[package].get(name)
         folder = name.replace(".", "/")
         return f"{folder}/__init__.py" if path and path.stem == "__init__" else f"{folder}.py"
 
-    # Called by the import system ------------------------------------------------------------
-
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find a module below the two packages; called by the import system."""
         package, _, name = fullname.partition(".")
         if fullname in PARTS and path is None:
-            # Past the import statements, which find theirs; where this package is installed, it
-            # would be ours.
+            # Import statements find the submission's file before they get here. Other ways of
+            # importing would find the reference solution where it is installed.
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         if package not in self.files or not name:
             return None
         files = self.files[package]
         has_children = any(other.startswith(f"{name}.") for other in files)
-        if name not in files:  # a folder without __init__.py, or nothing
+        if name not in files:  # a folder without __init__.py, or no such module
             return (
                 importlib.machinery.ModuleSpec(fullname, None, is_package=True)
                 if has_children
@@ -251,29 +260,33 @@ class _Loading(importlib.abc.MetaPathFinder):
             )
         spec = importlib.machinery.ModuleSpec(
             fullname,
-            _Loader(self, files[name]),
+            _FileLoader(self, files[name]),
             origin=str(files[name]),
             is_package=has_children or files[name].stem == "__init__",
         )
         spec.has_location = True
         return spec
 
-    # Called by import statements ------------------------------------------------------------
-
-    def importer(self, package: str, lenient_lines: set[int]) -> Callable:
-        """The ``__import__`` of a file.
+    def importer(self, package: str, guarded_lines: set[int]) -> Callable[..., ModuleType]:
+        """Make the ``__import__`` function of a file.
 
         Args:
-            package: whether the file is one of theirs or of ours.
-            lenient_lines: of import statements whose failing the file itself deals with.
+            package: ``THEIRS`` for a file of the submission, ``OURS`` for a reference file.
+            guarded_lines: lines of import statements whose errors the file itself handles.
         """
 
-        def import_(name, globals=None, locals=None, fromlist=(), level=0):
+        def import_(
+            name: str,
+            globals: Mapping[str, object] | None = None,
+            locals: Mapping[str, object] | None = None,
+            fromlist: Sequence[str] = (),
+            level: int = 0,
+        ) -> ModuleType:
             if level > 0:
                 return builtins.__import__(name, globals, locals, fromlist, level)
             top, _, rest = name.partition(".")
             if fromlist and top == self.folder and rest.partition(".")[0] in PARTS:
-                name = top = rest  # from A4.common import ..., where the files lie in A4
+                name = top = rest  # "from A4.common import ...", if the files lie in A4
             for candidate in self.packages_for(top, package):
                 if self.try_import(f"{candidate}.{name}") is not None:
                     module = builtins.__import__(
@@ -286,11 +299,11 @@ class _Loading(importlib.abc.MetaPathFinder):
                 return builtins.__import__(name, globals, locals, fromlist, 0)
             except ModuleNotFoundError as error:
                 line = sys._getframe(1).f_lineno
-                if package == OURS or line in lenient_lines or error.name is None:
+                if package == OURS or line in guarded_lines or error.name is None:
                     raise
                 if not (name == error.name or name.startswith(f"{error.name}.")):
-                    raise  # a package that is here and lacks another one
-                file = self.name_of(globals["__name__"])
+                    raise  # the package is installed, and one that it needs is not
+                file = self.name_of(str((globals or {})["__name__"]))
                 self.note(
                     f"{file}, line {line}: {error.name} is not installed here; what uses it can't "
                     "be judged"
@@ -304,42 +317,44 @@ class _Loading(importlib.abc.MetaPathFinder):
         return import_
 
     def packages_for(self, top: str, package: str) -> list[str]:
-        """Where to look for a module, before it is looked for among what is installed."""
+        """Return the packages to search for a module before the installed ones."""
         if package == OURS:
             return [OURS] if top in PARTS else []
         found = [THEIRS] if self.has(top) else []
         return [*found, OURS] if top in PARTS else found
 
     def has(self, top: str) -> bool:
+        """Whether the submission has a module or folder of that name."""
         return any(name == top or name.startswith(f"{top}.") for name in self.files[THEIRS])
 
 
-class _Loader(importlib.abc.Loader):
-    """Runs one file. Other than Python's own loader it leaves no compiled file behind."""
+class _FileLoader(importlib.abc.Loader):
+    """Runs one file. Unlike Python's own loader, it writes no compiled file."""
 
-    def __init__(self, loading: _Loading, path: Path) -> None:
-        self.loading = loading
+    def __init__(self, finder: _SubmissionFinder, path: Path) -> None:
+        self.finder = finder
         self.path = path
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None
+        """Let the import system create the module as usual."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the file in the module's namespace."""
         package, _, name = module.__name__.partition(".")
-        file = self.loading.name_of(module.__name__)
+        file = self.finder.name_of(module.__name__)
         tree, notes = parse_file(self.path, file)
         for sentence in notes:
-            self.loading.note(sentence)
-        importer = self.loading.importer(package, _lines_of_guarded_imports(tree))
+            self.finder.note(sentence)
+        importer = self.finder.importer(package, _lines_of_guarded_imports(tree))
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": importer}
         if package == THEIRS:
-            self.loading.changes.adapt(tree, file)
+            self.finder.changes.adapt(tree, file)
         self._run(module, tree, file, keep_going=package == THEIRS and name in OWN_WORK)
         if package == THEIRS and name in PARTS:
-            self.loading.fill_in(module, name)
+            self.finder.fill_gaps(module, name)
         if package == OURS:
-            # A star import of what was handed out brings along all it has imported itself, and
-            # submissions rely on that.
+            # A star import of the handed out file also gives what that file imported, and
+            # submissions rely on this.
             module.__dict__.pop("__all__", None)
 
     def _run(self, module: ModuleType, tree: ast.Module, file: str, keep_going: bool) -> None:
@@ -363,7 +378,7 @@ class _Loader(importlib.abc.Loader):
                     raise
                 what = f" ({_describe(node)})" if _describe(node) else ""
                 where = place_of(error) or f"{file}, line {node.lineno}"
-                self.loading.note(
+                self.finder.note(
                     f"{where}{what}: {type(error).__name__}: {error}; the rest of {file} is judged "
                     "without it"
                 )
@@ -378,7 +393,7 @@ def _describe(node: ast.stmt) -> str:
 
 
 def _lines_of_guarded_imports(tree: ast.Module) -> set[int]:
-    """Lines of imports inside ``try`` with ``except ImportError`` or wider."""
+    """Return the lines of imports inside ``try`` with ``except ImportError`` or wider."""
     wide = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
     lines = set()
     for node in ast.walk(tree):

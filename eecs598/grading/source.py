@@ -1,4 +1,4 @@
-"""The Python files of a submission: find them, read them, and parse what of them is Python."""
+"""Find, read and parse the Python files of a submission, also those that are partly broken."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path, PurePosixPath
 
 from eecs598.grading.submission import PARTS
 
-__all__ = ["index_of", "parse_file"]
+__all__ = ["index_modules", "parse_file"]
 
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "site-packages"}
 MAX_DEPTH = 6  # of folders in a submission
-MAX_REPAIRS = 20  # pieces that are left out of a file before it is given up
+MAX_REPAIRS = 20  # pieces to leave out of a file before it counts as unreadable
 
 
-def index_of(folder: Path) -> dict[str, Path]:
-    """The Python files of a submission by the name they are imported with.
+def index_modules(folder: Path) -> dict[str, Path]:
+    """Return the Python files of a submission by the name under which they are imported.
 
-    The root is the highest folder with a part of the assignment, that with most of them where
-    there are several.
+    The root is the folder that holds most parts of the assignment; of several, the highest one.
     """
     by_path = {}
     for path in _python_files(folder):
@@ -37,9 +36,9 @@ def index_of(folder: Path) -> dict[str, Path]:
 
     root = min(roots, key=rank, default=PurePosixPath("."))
     names = {}
-    for path, file in sorted(by_path.items()):
-        if path.is_relative_to(root):
-            parts = path.relative_to(root).with_suffix("").parts
+    for relative, file in sorted(by_path.items()):
+        if relative.is_relative_to(root):
+            parts = relative.relative_to(root).with_suffix("").parts
             names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     names.pop("", None)
     return names
@@ -61,13 +60,13 @@ def _python_files(folder: Path) -> Iterator[Path]:
             is_file = os.path.isfile(path)
             if path.is_symlink():  # it may lead anywhere on this machine
                 is_file = is_file and path.resolve().is_relative_to(inside)
-            # Where one may not even ask, reading it will say why.
+            # A file that may not even be examined is listed: reading it will say why.
             if is_file or not os.path.lexists(path):
                 yield path
 
 
 def _read(path: Path) -> str:
-    """The text of a source file, whichever editor wrote it."""
+    """Return the text of a source file, whichever encoding its editor used."""
     raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16", errors="replace")
@@ -78,17 +77,17 @@ def _read(path: Path) -> str:
 
 
 def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
-    """Parse a file, without the pieces that are no Python.
+    """Parse a file without the pieces that are not valid Python.
 
     Args:
-        path: where it lies.
-        file: how to call it.
+        path: of the file.
+        file: its name in messages.
 
     Returns:
-        The tree, and a note on each piece left out.
+        The syntax tree, and a note on each piece that was left out.
 
     Raises:
-        SyntaxError: nothing can be made of it.
+        SyntaxError: no part of the file can be parsed, or too many pieces are broken.
     """
     lines = _read(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     notes = _resolve_conflicts(lines, file)
@@ -98,7 +97,7 @@ def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
         except SyntaxError as error:
             if error.lineno is None or len(notes) == MAX_REPAIRS:
                 raise
-            # After "def f():" without a body, Python points to the line where it missed it.
+            # For "def f():" without a body, Python reports the line where the body should begin.
             earlier = re.search(r"expected an indented block after .* on line (\d+)", str(error))
             number = int(earlier[1]) if earlier else error.lineno
             number = min(max(number, 1), len(lines)) - 1
@@ -107,7 +106,7 @@ def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
                 lines[number] = re.sub(r"\S.*", "pass", lines[number])
                 notes.append(f"{file}, line {number + 1}: {line[:40]!r} is for notebooks; left out")
                 continue
-            # A method by itself; what is around it, if that was not the reason.
+            # First the method alone; if that was not the reason, the statement around it.
             start, end = _method(lines, number) or _top_level_block(lines, number)
             if not any(lines[start:end]):
                 raise
@@ -120,15 +119,15 @@ def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
             )
             lines[start:end] = [""] * (end - start)
             if first[:1].isspace():
-                indent = re.match(r"\s*", first)[0]
-                lines[start] = f"{indent}{_PLACEHOLDER}"  # a class needs something in it
+                indent = first[: len(first) - len(first.lstrip())]
+                lines[start] = f"{indent}{_PLACEHOLDER}"  # a class can't be empty
 
 
 _PLACEHOLDER = "pass  # left out"
 
 
 def _method(lines: list[str], number: int) -> tuple[int, int] | None:
-    """First line and end of the method around a line, unless it was left out before."""
+    """Return first line and end of the method around a line; None if it was left out before."""
 
     def indent(line: str) -> int:
         return len(line.expandtabs()) - len(line.expandtabs().lstrip())
@@ -153,7 +152,7 @@ def _method(lines: list[str], number: int) -> tuple[int, int] | None:
 
 
 def _top_level_block(lines: list[str], number: int) -> tuple[int, int]:
-    """First line and end of the top-level statement around a line."""
+    """Return first line and end of the top-level statement around a line."""
 
     def begins(index: int) -> bool:
         line = lines[index]
@@ -174,8 +173,9 @@ def _top_level_block(lines: list[str], number: int) -> tuple[int, int]:
 
 
 def _resolve_conflicts(lines: list[str], file: str) -> list[str]:
-    """Keep the first side where Git has left both."""
-    notes, side = [], None
+    """Keep the first side of each conflict that Git has left in a file."""
+    notes = []
+    side: int | None = None
     for number, line in enumerate(lines):
         if line.startswith("<<<<<<< "):
             notes.append(

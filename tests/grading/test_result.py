@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eecs598.grading import CheckResult
-from eecs598.grading.result import Wrong, expect_close
+from eecs598.grading.result import CheckFailure, expect_close
 
 
 @pytest.mark.parametrize("error", [ValueError("no\nidea"), SystemExit(1), RecursionError("deep")])
@@ -41,7 +41,7 @@ def test_interrupts_are_not_answers():
     ],
 )
 def test_expect_close_names_the_difference(got, sentence):
-    with pytest.raises(Wrong) as wrong:
+    with pytest.raises(CheckFailure) as wrong:
         expect_close("call", got, [1.0, 2.0], tolerance=0.1)
     assert str(wrong.value) == sentence
 
@@ -49,7 +49,7 @@ def test_expect_close_names_the_difference(got, sentence):
 def test_expect_close_shows_one_row_of_many():
     got = torch.zeros(6, 2)
     got[3, 1] = 1
-    with pytest.raises(Wrong, match=r"^call, row 3: expected \[0, 0\], got \[0, 1\]$"):
+    with pytest.raises(CheckFailure, match=r"^call, row 3: expected \[0, 0\], got \[0, 1\]$"):
         expect_close("call", got, torch.zeros(6, 2))
 
 

@@ -11,7 +11,7 @@ import a4_helper
 import common
 import one_stage_detector
 from eecs598.grading import CHECKS, CheckResult, ProbeResult, Submission, labels_of, run_checks
-from eecs598.grading.checks.review import find
+from eecs598.grading.checks.review import review_findings
 from eecs598.grading.loading import load_submission, unload
 from eecs598.grading.rubric import DEFAULT_PATH, load_rubric
 
@@ -353,7 +353,7 @@ def test_another_solution_loses_what_it_rounds(submit, tmp_path):
     # IoUs compared in float32, and NaN for boxes without area.
     assert points(grade) == {"nms": 1.0}, [item.failures for item in grade.items]
     assert any("absent_cv is not installed" in note for note in loaded.notes)
-    found = find(loaded.submission, tmp_path)
+    found = review_findings(loaded.submission, tmp_path)
     for words in ("different orders", "statistics of", ".item() in the training step"):
         assert sum(words in sentence for sentence in found) == 1, found
     assert len(found) == 3, found

@@ -1,6 +1,6 @@
 """Checks of the training step: the losses against their formulas, and whether they fall.
 
-To know what must come out, the losses are computed from planted predictions, see
+So that the right losses are known, the network is replaced by a stub with given predictions, see
 ``eecs598.grading.checks.stubs``.
 """
 
@@ -9,48 +9,57 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from eecs598.grading.answers import plain
+from eecs598.grading.answers import to_plain_data
 from eecs598.grading.checks import reference
 from eecs598.grading.checks.network import with_random_weights
-from eecs598.grading.checks.stubs import Predictions, locations_of, plant
+from eecs598.grading.checks.stubs import Predictions, locations_of, stub_detector
 from eecs598.grading.result import CheckResult, expect, expect_close, once, show
 from eecs598.grading.submission import NUM_CLASSES, Submission, training
 
-__all__ = ["SEVERAL", "LossScene", "check_losses", "check_training"]
+__all__ = ["SEVERAL_BOXES", "LossCase", "check_losses", "check_training"]
 
 LOSSES = ("loss_cls", "loss_box", "loss_ctr")
 
 
-class LossScene(NamedTuple):
-    """A batch, and what is predicted for it."""
+class LossCase(NamedTuple):
+    """A batch and the predictions for it.
 
-    words: str
-    images: Tensor  # (B, 3, H, W)
-    gt_boxes: Tensor  # (B, M, 5)
-    everywhere: list[list[float]] | None = None  # rows of the predictions; random unless given
+    Attributes:
+        description: for the sentence about a wrong loss.
+        images: ``(B, 3, H, W)``.
+        gt_boxes: ``(B, M, 5)``, padded with -1.
+        uniform_rows: class logits, deltas and centerness logit of all locations; random unless
+            given.
+    """
+
+    description: str
+    images: Tensor
+    gt_boxes: Tensor
+    uniform_rows: list[list[float]] | None = None
 
     def predictions(self, locations: Mapping[str, Tensor]) -> Predictions:
+        """Return class logits, deltas and centerness logits ``(B, N, C)`` per level."""
         generator = torch.Generator().manual_seed(0)
         shapes = {level: (len(self.images), len(points)) for level, points in locations.items()}
-        if self.everywhere is None:
+        if self.uniform_rows is None:
             return [
                 {level: torch.randn(*s, c, generator=generator) for level, s in shapes.items()}
                 for c in (NUM_CLASSES, 4, 1)
             ]
         return [
             {level: torch.tensor(row).repeat(*s, 1) for level, s in shapes.items()}
-            for row in self.everywhere
+            for row in self.uniform_rows
         ]
 
 
-# The smallest one, to be followed by hand: its box holds the location (12, 12) of p3 and no other
-# one that its size belongs to.
-ONE_LOCATION = LossScene(
+# A case that can be computed by hand: the location (12, 12) of p3 is the only one that its box
+# matches.
+ONE_LOCATION = LossCase(
     "an image of 64 x 64, the box [9, 10, 18, 17] of class 2, which the location [12, 12] of p3 "
     "matches; predicted everywhere: class logits [0.5, 0, -0.5], deltas [1, 2, 3, 4], centerness "
     "logit 0.5",
@@ -58,8 +67,9 @@ ONE_LOCATION = LossScene(
     torch.tensor([[[9.0, 10, 18, 17, 2]]]),
     [[0.5, 0.0, -0.5], [1.0, 2.0, 3.0, 4.0], [0.5]],
 )
-# Fractions, so that no location lies on the side of a box or at the end of a level's range.
-SEVERAL = LossScene(
+# Fractional coordinates, so that no location lies on a side of a box or at the end of a level's
+# range of sizes.
+SEVERAL_BOXES = LossCase(
     "2 images of 64 x 192 with 3 boxes and 1 box, random predictions",
     torch.zeros(2, 3, 64, 192),
     torch.tensor(
@@ -72,14 +82,23 @@ SEVERAL = LossScene(
 
 
 class _LossSteps(NamedTuple):
-    """Training steps on planted predictions."""
+    """Losses of training steps on given predictions.
 
-    got: list[dict[str, Tensor]]  # of each step
+    Attributes:
+        got: the submission's losses of each step.
+        expected: the right losses of each step.
+        foreground: number of foreground locations per image.
+    """
+
+    got: list[dict[str, Tensor]]
     expected: list[dict[str, float]]
-    foreground: float  # locations per image
+    foreground: float
 
     def divisor_factor(self) -> float | None:
-        """What at least two of the losses are off by, which then is the divisor's; or None."""
+        """Return the factor by which at least two losses are wrong; None if no two agree.
+
+        Such a common factor means that the divisor is wrong, not the losses.
+        """
         got, expected = self.got[0], self.expected[0]
         ratios = sorted(float(got[name]) / expected[name] for name in LOSSES if name in got)
         agreeing = [a for a, b in pairwise(ratios) if a > 0 and math.isclose(a, b, rel_tol=1e-4)]
@@ -87,10 +106,10 @@ class _LossSteps(NamedTuple):
 
 
 def check_losses(submission: Submission) -> CheckResult:
-    """``FCOS`` in training mode: each loss against its formula, background, divisor."""
+    """Check ``FCOS`` in training mode: the formula of each loss, background, divisor."""
     result = CheckResult("losses")
-    steps = once(lambda: _run_planted_losses(submission, SEVERAL, num_steps=2))
-    small_step = once(lambda: _run_planted_losses(submission, ONE_LOCATION, num_steps=1))
+    steps = once(lambda: _run_loss_case(submission, SEVERAL_BOXES, num_steps=2))
+    small_step = once(lambda: _run_loss_case(submission, ONE_LOCATION, num_steps=1))
 
     with result.probe("a dict of three finite scalars"):
         losses = steps().got[0]
@@ -98,10 +117,10 @@ def check_losses(submission: Submission) -> CheckResult:
             sorted(losses) == sorted(LOSSES),
             f"expected the keys {list(LOSSES)}, got {show(list(losses))}",
         )
-        for name, loss in losses.items():
+        for name, value in losses.items():
             expect(
-                isinstance(loss, Tensor) and loss.numel() == 1 and bool(loss.isfinite()),
-                f"{name}: expected a finite scalar, got {show(loss)}",
+                isinstance(value, Tensor) and value.numel() == 1 and bool(value.isfinite()),
+                f"{name}: expected a finite scalar, got {show(value)}",
             )
 
     for name, formula in (
@@ -110,26 +129,26 @@ def check_losses(submission: Submission) -> CheckResult:
         ("loss_ctr", "sum of the binary cross entropy over foreground locations"),
     ):
         with result.probe(f"{name} follows its formula"):
-            for scene, run in ((ONE_LOCATION, small_step()), (SEVERAL, steps())):
-                # A wrong divisor, common to the losses, is the matter of the next probe.
+            for case, run in ((ONE_LOCATION, small_step()), (SEVERAL_BOXES, steps())):
+                # The next probe tests the divisor, which is common to the losses.
                 factor = run.divisor_factor() or 1.0
                 expect(name in run.got[0], f"expected it among the losses, got {list(run.got[0])}")
-                expected, got = run.expected[0][name] * factor, float(run.got[0][name])
-                divisor = len(scene.images) * (0.9 * 150 + 0.1 * run.foreground) / factor
+                expected, loss = run.expected[0][name] * factor, float(run.got[0][name])
+                divisor = len(case.images) * (0.9 * 150 + 0.1 * run.foreground) / factor
                 expect(
-                    math.isclose(got, expected, rel_tol=1e-4),
-                    f"{scene.words}: expected {expected:.6g} = {expected * divisor:.6g} / "
+                    math.isclose(loss, expected, rel_tol=1e-4),
+                    f"{case.description}: expected {expected:.6g} = {expected * divisor:.6g} / "
                     f"{divisor:.6g}, the {formula}, divided by images and moving average, got "
-                    f"{got:.6g}, {got / expected:.6g} times as much",
+                    f"{loss:.6g}, {loss / expected:.6g} times as much",
                 )
 
     with result.probe("divided by images and the moving average of foreground"):
-        factor = steps().divisor_factor()
+        common_factor = steps().divisor_factor()
         got = "losses off by different factors"
-        if factor is not None:
-            got = f"losses {factor:.4g} times as large"
+        if common_factor is not None:
+            got = f"losses {common_factor:.4g} times as large"
         expect(
-            factor is not None and abs(factor - 1) < 1e-4,
+            common_factor is not None and abs(common_factor - 1) < 1e-4,
             f"first batch, 2 images with {steps().foreground:g} foreground locations per image: "
             f"expected the sums divided by {_divisor(steps().foreground, 2)}, got {got}",
         )
@@ -146,32 +165,32 @@ def check_losses(submission: Submission) -> CheckResult:
         )
 
     with result.probe("no box and centerness loss from background"):
-        padding = SEVERAL._replace(gt_boxes=torch.full((2, 3, 5), -1.0))
-        run = _run_planted_losses(submission, padding, num_steps=1)
+        padding = SEVERAL_BOXES._replace(gt_boxes=torch.full((2, 3, 5), -1.0))
+        run = _run_loss_case(submission, padding, num_steps=1)
         for name in ("loss_box", "loss_ctr"):
-            got = float(run.got[0][name])
-            expect(got == 0, f"images without boxes: expected {name} 0, got {show(got)}")
+            loss = float(run.got[0][name])
+            expect(loss == 0, f"images without boxes: expected {name} 0, got {show(loss)}")
 
     with result.probe("one image without boxes among others"):
-        mixed = SEVERAL.gt_boxes.clone()
+        mixed = SEVERAL_BOXES.gt_boxes.clone()
         mixed[1] = -1
-        run = _run_planted_losses(submission, SEVERAL._replace(gt_boxes=mixed), num_steps=1)
+        run = _run_loss_case(submission, SEVERAL_BOXES._replace(gt_boxes=mixed), num_steps=1)
         for name in LOSSES:
-            got = float(run.got[0][name])
+            loss = float(run.got[0][name])
             expect(
-                math.isfinite(got) and got > 0,
+                math.isfinite(loss) and loss > 0,
                 f"second image of two without boxes: expected a finite {name} above 0, got "
-                f"{show(got)}",
+                f"{show(loss)}",
             )
 
     with result.probe("input unchanged"):
-        locations = locations_of(submission, SEVERAL.images)
-        detector = training(plant(submission, SEVERAL.predictions(locations)))
-        images, gt_boxes = torch.randn_like(SEVERAL.images), SEVERAL.gt_boxes.clone()
-        before = images.clone()
+        locations = locations_of(submission, SEVERAL_BOXES.images)
+        detector = training(stub_detector(submission, SEVERAL_BOXES.predictions(locations)))
+        images, gt_boxes = torch.randn_like(SEVERAL_BOXES.images), SEVERAL_BOXES.gt_boxes.clone()
+        images_before = images.clone()
         detector(images, gt_boxes)
-        expect_close("images after a training step", images, before)
-        expect_close("gt_boxes after a training step", gt_boxes, SEVERAL.gt_boxes)
+        expect_close("images after a training step", images, images_before)
+        expect_close("gt_boxes after a training step", gt_boxes, SEVERAL_BOXES.gt_boxes)
     return result
 
 
@@ -179,32 +198,41 @@ def _divisor(foreground: float, num_images: int) -> str:
     return f"{num_images} * (0.9 * 150 + 0.1 * {foreground:g})"
 
 
-def _run_planted_losses(submission: Submission, scene: LossScene, num_steps: int) -> _LossSteps:
-    locations = locations_of(submission, scene.images)
-    predictions = scene.predictions(locations)
-    sums, foreground = reference.sums_of_losses(locations, predictions, scene.gt_boxes)
-    detector = training(plant(submission, predictions))
+def _run_loss_case(submission: Submission, case: LossCase, num_steps: int) -> _LossSteps:
+    """Compute the submission's losses and the right ones for the same batch, step after step."""
+    locations = locations_of(submission, case.images)
+    predictions = case.predictions(locations)
+    sums, foreground = reference.sums_of_losses(locations, predictions, case.gt_boxes)
+    detector = training(stub_detector(submission, predictions))
 
-    got, expected, average = [], [], reference.FIRST_AVERAGE
+    got: list[dict[str, Tensor]] = []
+    expected: list[dict[str, float]] = []
+    average = reference.FIRST_AVERAGE
     for _ in range(num_steps):
-        losses = plain(detector(scene.images.clone(), scene.gt_boxes.clone()))
+        losses = to_plain_data(detector(case.images.clone(), case.gt_boxes.clone()))
         expect(isinstance(losses, dict), f"expected a dict of losses, got {show(losses)}")
         got.append(losses)
         average = 0.9 * average + 0.1 * foreground
-        expected.append({name: s / (len(scene.images) * average) for name, s in sums.items()})
+        expected.append({name: s / (len(case.images) * average) for name, s in sums.items()})
     return _LossSteps(got, expected, foreground)
 
 
 class _Overfitted(NamedTuple):
-    """A few steps of training on one batch."""
+    """The result of a few training steps on one batch.
 
-    trained: dict[str, float]  # losses after the steps
-    untrained: dict[str, float]  # those of the weights before
-    gradients: dict[str, Tensor | None]  # of the first step, by the name of the parameter
+    Attributes:
+        trained: losses with the weights after the steps.
+        untrained: losses with the weights before the steps.
+        gradients: those of the first step, by name of the parameter.
+    """
+
+    trained: dict[str, float]
+    untrained: dict[str, float]
+    gradients: dict[str, Tensor | None]
 
 
 def check_training(submission: Submission) -> CheckResult:
-    """A few optimizer steps on one small batch must reduce the losses."""
+    """Check that a few optimizer steps on one small batch reduce the losses."""
     result = CheckResult("training")
     num_steps = 24
 
@@ -217,7 +245,7 @@ def check_training(submission: Submission) -> CheckResult:
                 [[10.0, 4, 80, 60, 2], [-1] * 5],
             ]
         )
-        detector = training(submission.detector())
+        detector: Any = training(submission.detector())
         # The head's initial weights of 0.01 would take a hundred steps to grow.
         with_random_weights(detector.pred_net.stem_cls)
         with_random_weights(detector.pred_net.stem_box)
@@ -226,16 +254,16 @@ def check_training(submission: Submission) -> CheckResult:
         optimizer = torch.optim.Adam(detector.parameters(), lr=1.5e-3)
         for step in range(num_steps):
             optimizer.zero_grad()
-            sum(plain(detector(images, gt_boxes)).values()).backward()
+            sum(to_plain_data(detector(images, gt_boxes)).values()).backward()
             if step == 0:
                 gradients = {
-                    name: None if parameter.grad is None else plain(parameter.grad).clone()
+                    name: None if parameter.grad is None else to_plain_data(parameter.grad).clone()
                     for name, parameter in detector.named_parameters()
                 }
             optimizer.step()
-        # The divisor falls from 150 to the foreground of this batch, so even a detector that
-        # learns shows rising losses. So the weights of before are judged now, too, and first: the
-        # later of two calls has the lower divisor.
+        # The divisor falls from 150 to the foreground of this batch, so the losses may rise even
+        # if the detector learns. So the losses of the weights before are computed now, too, and
+        # first, because the later of two calls has the lower divisor.
         after = [parameter.detach().clone() for parameter in detector.parameters()]
         untrained, trained = (
             _losses_with(detector, weights, images, gt_boxes) for weights in (before, after)
@@ -255,7 +283,7 @@ def check_training(submission: Submission) -> CheckResult:
         run = overfitted()
         expect_fall(sum(run.trained.values()), sum(run.untrained.values()), "the sum of the losses")
 
-    for name in ("loss_cls", "loss_box"):  # the entropy of its targets bounds loss_ctr from below
+    for name in ("loss_cls", "loss_box"):  # loss_ctr can't fall below the entropy of its targets
         with result.probe(f"{name} falls on one batch"):
             run = overfitted()
             expect_fall(run.trained[name], run.untrained[name], name)
@@ -269,7 +297,7 @@ def check_training(submission: Submission) -> CheckResult:
                 expect(
                     reached, f"one training step: expected a finite gradient of {name}, got {got}"
                 )
-            else:  # layers may be frozen, or left over from the classification network
+            else:  # layers may be frozen, or unused parts of the classification network
                 backbone_has_some |= reached
         expect(
             backbone_has_some,
@@ -282,6 +310,7 @@ def check_training(submission: Submission) -> CheckResult:
 def _losses_with(
     detector: nn.Module, weights: Sequence[Tensor], images: Tensor, gt_boxes: Tensor
 ) -> dict[str, float]:
+    """Load weights into a detector and return its losses."""
     for parameter, values in zip(detector.parameters(), weights, strict=True):
         parameter.copy_(values)
-    return {name: float(loss) for name, loss in plain(detector(images, gt_boxes)).items()}
+    return {name: float(loss) for name, loss in to_plain_data(detector(images, gt_boxes)).items()}

@@ -8,7 +8,7 @@ import pytest
 
 import common
 from eecs598.grading.checks import review as findings
-from eecs598.grading.checks.review import find
+from eecs598.grading.checks.review import review_findings
 from tests.grading.checks import (
     test_a4_helper,
     test_detector,
@@ -119,13 +119,13 @@ SAID = {
 
 
 def test_nothing_is_said_of_this_repository():
-    assert find(OURS, FOLDER) == []
+    assert review_findings(OURS, FOLDER) == []
 
 
 @pytest.mark.parametrize("name", SAID)
 def test_what_is_to_be_said_is_said(name):
     change, words = SAID[name]
-    found = find(load(change), FOLDER)
+    found = review_findings(load(change), FOLDER)
     if words is None:
         assert found == []
     else:
@@ -144,7 +144,7 @@ def test_detecting_with_gradients_is_said():
             "            if True:\n                boxes",
         ),
     )
-    (sentence,) = find(submission, FOLDER)
+    (sentence,) = review_findings(submission, FOLDER)
     assert "without torch.no_grad()" in sentence
 
 
@@ -153,12 +153,12 @@ def test_both_orders_changed_is_consistent():
         ("common", LOCATIONS, "torch.stack(grid, dim=-1).transpose(0, 1).flatten(0, 1)"),
         ("one_stage_detector", "feats.permute(0, 3, 2, 1)", "feats.permute(0, 2, 3, 1)"),
     )
-    assert find(submission, FOLDER) == []
+    assert review_findings(submission, FOLDER) == []
 
 
 def test_a_slow_nms_is_said(monkeypatch):
     monkeypatch.setattr(findings, "SLOW_NMS_SECONDS", 0.0)
-    (sentence,) = find(OURS, FOLDER)
+    (sentence,) = review_findings(OURS, FOLDER)
     assert "common.py, nms: takes" in sentence and "5,000 boxes" in sentence
 
 
@@ -171,7 +171,7 @@ def test_fixed_sizes_are_said(tmp_path):
         "class Backbone:\n    def __init__(self):\n"
         "        x = torch.randn(2, 3, 224, 224)\n        shape = (2, 3, 224, 224)\n"
     )
-    found = find(OURS, tmp_path)
+    found = review_findings(OURS, tmp_path)
     assert [sentence[:52] for sentence in found] == [
         "one_stage_detector.py, line 2, f: 224 is written into"[:52],
         "one_stage_detector.py, line 5, FCOS.forward: 20 is written into"[:52],
@@ -181,9 +181,9 @@ def test_fixed_sizes_are_said(tmp_path):
 def test_nothing_is_said_of_what_is_replaced_or_fails(tmp_path):
     submission = load(BY_NAME["images without detections skipped"])
     submission.replaced["a4_helper"] = "missing"
-    assert find(submission, FOLDER) == []
+    assert review_findings(submission, FOLDER) == []
     for module in (submission.common, submission.one_stage_detector):
         for name in module.__all__:
             setattr(module, name, lambda *args, **kwargs: None)
     (tmp_path / "common.py").write_bytes(b"\x00")
-    assert find(submission, tmp_path) == []
+    assert review_findings(submission, tmp_path) == []
