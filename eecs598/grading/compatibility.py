@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any, NoReturn
@@ -138,15 +138,9 @@ def _line_of_cuda(node: ast.AST) -> int | None:
 
 
 class _CudaAsCpu(TorchFunctionMode):
-    """Makes PyTorch functions that are told to use a GPU use the CPU."""
+    """A mode in which PyTorch functions that are told to use a GPU use the CPU."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         options = {name: self._on_cpu(value) for name, value in (kwargs or {}).items()}

@@ -140,7 +140,7 @@ def _preserved_process_state() -> Iterator[None]:
 
 
 class _SubmissionFinder(importlib.abc.MetaPathFinder):
-    """Finds the files of one submission, and decides which file an import statement means."""
+    """Finder of one submission's files, which decides which file an import statement means."""
 
     def __init__(self, theirs: dict[str, Path], ours: dict[str, Path]) -> None:
         self.files = {THEIRS: theirs, OURS: ours}
@@ -329,7 +329,7 @@ class _SubmissionFinder(importlib.abc.MetaPathFinder):
 
 
 class _FileLoader(importlib.abc.Loader):
-    """Runs one file. Unlike Python's own loader, it writes no compiled file."""
+    """Loader of one file. Unlike Python's own, it writes no compiled file."""
 
     def __init__(self, finder: _SubmissionFinder, path: Path) -> None:
         self.finder = finder

@@ -1,4 +1,4 @@
-"""`fcos grade`: options, formats, exit status; the attacks are in test_grade_hostile.py."""
+"""``fcos grade``: options, formats, exit status; attacks are in tests/grading/sandbox."""
 
 from __future__ import annotations
 

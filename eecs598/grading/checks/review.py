@@ -13,7 +13,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from itertools import chain, islice
 from pathlib import Path
@@ -209,7 +209,7 @@ def _difference(where: str, name: str, before: Tensor, after: Tensor) -> Iterato
 
 
 class _SimulatedGpu(TorchFunctionMode):
-    """Makes tensors report that they are on a GPU, and records what would wait for the GPU.
+    """A mode in which tensors report that they are on a GPU; records what would wait for the GPU.
 
     So the code takes the same branches as on a GPU, without needing one.
 
@@ -233,13 +233,7 @@ class _SimulatedGpu(TorchFunctionMode):
         self.reads: dict[str, str] = {}
         self.calls = 0
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         if func == torch.Tensor.device.__get__:
             return torch.device("cuda")
@@ -351,19 +345,13 @@ def _prints(submission: Submission) -> Iterator[str]:
 
 
 class _OperatorRecorder(TorchDispatchMode):
-    """Records the names of all operators that run."""
+    """A mode that records the names of all operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -393,7 +381,7 @@ def _nms(submission: Submission) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------
 
 # Sizes of the assignment's data that should not be constants in the code.
-FIXED = {224: "image size", 20: "number of classes of VOC"}
+SIZES = {224: "image size", 20: "number of classes of VOC"}
 
 
 def _fixed_sizes(folder: Path) -> Iterator[str]:
@@ -404,13 +392,13 @@ def _fixed_sizes(folder: Path) -> Iterator[str]:
             for function, line, number in _numbers(tree):
                 yield (
                     f"{part}.py, line {line}, {function}: {number} is written into the "
-                    f"code, the {FIXED[number]} of the assignment. Take it from the shapes of "
+                    f"code, the {SIZES[number]} of the assignment. Take it from the shapes of "
                     "the tensors or from an argument; other data has other sizes."
                 )
 
 
 def _numbers(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
-    """Find constants of ``FIXED`` in functions: name of the function, line and number."""
+    """Find constants of ``SIZES`` in functions: name of the function, line and number."""
     for owner, function in _functions(tree):
         # The handout itself has a dummy pass of images (2, 3, 224, 224).
         dummies = {
@@ -428,7 +416,7 @@ def _numbers(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
                 if (
                     isinstance(node, ast.Constant)
                     and type(node.value) is int
-                    and node.value in FIXED
+                    and node.value in SIZES
                     and id(node) not in dummies
                 ):
                     yield f"{owner}{function.name}", node.lineno, node.value

@@ -66,7 +66,7 @@ class _Stub(nn.Module):
 
 
 class _StubBackbone(_Stub):
-    """Returns zeros of the right shapes, which a stub head does not use."""
+    """A backbone that returns zeros of the right shapes, which a stub head does not use."""
 
     fpn_strides = STRIDES
     out_channels = FPN_CHANNELS
@@ -83,7 +83,7 @@ class _StubBackbone(_Stub):
 
 
 class _StubHead(_Stub):
-    """Returns given predictions."""
+    """A head that returns given predictions."""
 
     def __init__(self, original: nn.Module, predictions: Predictions) -> None:
         super().__init__(original)

@@ -390,7 +390,7 @@ def adopt_orphans() -> Iterator[None]:
 
 
 def kill_orphans(known: set[int]) -> None:
-    """End all children of this process except the known ones, and the children of those."""
+    """End all children of this process except the known ones, and the orphans they leave."""
     while unknown := children() - known:
         for pid in unknown:
             with contextlib.suppress(ProcessLookupError):

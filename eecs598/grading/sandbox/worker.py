@@ -183,7 +183,7 @@ class TookTooLong(Exception):
 
 
 class _TimeLimit:
-    """Interrupts code that takes too long, repeatedly, and finally ends the process.
+    """A time limit that interrupts code repeatedly, and finally ends the process.
 
     So an endless loop fails its probe, not the whole check. Code that continues nevertheless is
     ended after twice the time: here, with a traceback of where it was, or by the grader.

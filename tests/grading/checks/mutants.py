@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
 
 LOCATIONS = "torch.stack(grid, dim=-1).flatten(0, 1)"
 
-# What a change of a module can reach: nothing of common.py imports the two others.
+# The checks that a change of a module can affect: common.py imports neither of the others.
 HELPER_CHECKS = {"hello", "dataset", "train_detector", "evaluation_export"}
 COMMON_ONLY = {"backbone", "location_coords", "nms", "class_spec_nms"}
 REACHABLE = {
@@ -44,7 +44,7 @@ REACHABLE = {
 
 
 class TinyStages(nn.Module):
-    """Stands in for the classification network, so that a wrong variant is judged in a second."""
+    """A tiny replacement of the classification network, so that a mutant is tested in a second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class TinyStages(nn.Module):
 
 
 def load(*changes: tuple[str, str, str]) -> Submission:
-    """Fresh copies of the three modules with a tiny backbone.
+    """Return new copies of the three modules with a tiny backbone.
 
     Args:
         changes: module, text in its source, text to put there.
@@ -90,7 +90,7 @@ def load(*changes: tuple[str, str, str]) -> Submission:
 
 
 def failures(results: list[CheckResult]) -> dict[str, list[str]]:
-    """Labels of the probes that failed, by check."""
+    """Return the labels of the probes that failed, by check."""
     return {
         result.name: [probe.label for probe in result.probes if probe.problem is not None]
         for result in results

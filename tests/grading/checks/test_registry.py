@@ -1,4 +1,4 @@
-"""All checks together: this repository and other correct solutions pass, whatever fails is told."""
+"""All checks together: correct solutions pass, empty ones fail, and the caller is not affected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_this_repository_passes(name):
 
 
 def test_the_tiny_backbone_passes():
-    # Otherwise, what a wrong variant fails would say nothing about the variant.
+    # Otherwise, failures of a mutant could have another reason than the mutation.
     assert failures(run_checks(load())) == {}
 
 
@@ -172,7 +172,7 @@ def test_other_styles_pass(change):
 
 
 # --------------------------------------------------------------------------------------------
-# Whatever a submission does
+# Submissions that fail or have side effects
 # --------------------------------------------------------------------------------------------
 
 
@@ -193,7 +193,7 @@ def test_functions_that_are_not_written_yet_fail(answer):
     assert [name for name, result in results.items() if result.ok] == ["hello"]
 
 
-def test_the_caller_notices_nothing(tmp_path, monkeypatch, capsys, recwarn):
+def test_the_caller_is_not_affected(tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.chdir(tmp_path)
     submission = load(
         (
@@ -220,7 +220,7 @@ def test_the_caller_notices_nothing(tmp_path, monkeypatch, capsys, recwarn):
 
 
 def test_results_do_not_depend_on_what_ran_before():
-    # A wrong variant, because its sentences hold numbers.
+    # A mutant, because its sentences contain numbers.
     change = ("one_stage_detector", "0.25 * F.l1_loss", "F.l1_loss")
     alone = run_checks(load(change), ["losses"])
     torch.manual_seed(7)

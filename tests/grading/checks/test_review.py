@@ -1,4 +1,4 @@
-"""What a reviewer would say: said where it is so, and nothing said of this repository."""
+"""Review findings: each is reported for code that has the fault, none for this repository."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import common
-from eecs598.grading.checks import review as findings
+from eecs598.grading.checks import review
 from eecs598.grading.checks.review import review_findings
 from tests.grading.checks import (
     test_a4_helper,
@@ -26,8 +26,8 @@ BY_NAME = {
     for mutant in file.MUTANTS
 }
 
-# A change of this repository, and words of the one thing that is to be said of it.
-SAID = {
+# A change of this repository, and words of the one finding that must follow.
+FINDINGS = {
     "head row by row": (BY_NAME["head flattened row by row"], "listed in different orders"),
     "only the deltas": (BY_NAME["only the deltas flattened row by row"], "its deltas at index 3"),
     "dummy pass": (BY_NAME["dummy pass in training mode"], "statistics of 3 batch norms"),
@@ -101,7 +101,7 @@ SAID = {
     ),
     "graph": (
         ("one_stage_detector", "    @torch.no_grad()\n    def predict(", "    def predict("),
-        None,  # a4_helper sees to it
+        None,  # a4_helper disables gradients
     ),
     "torchvision's nms": (
         (
@@ -118,13 +118,13 @@ SAID = {
 }
 
 
-def test_nothing_is_said_of_this_repository():
+def test_this_repository_has_no_findings():
     assert review_findings(OURS, FOLDER) == []
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_what_is_to_be_said_is_said(name):
-    change, words = SAID[name]
+@pytest.mark.parametrize("name", FINDINGS)
+def test_faults_are_found(name):
+    change, words = FINDINGS[name]
     found = review_findings(load(change), FOLDER)
     if words is None:
         assert found == []
@@ -135,7 +135,7 @@ def test_what_is_to_be_said_is_said(name):
         assert "\n" not in sentence
 
 
-def test_detecting_with_gradients_is_said():
+def test_detecting_with_gradients_is_found():
     submission = load(
         ("one_stage_detector", "    @torch.no_grad()\n    def predict(", "    def predict("),
         (
@@ -156,13 +156,13 @@ def test_both_orders_changed_is_consistent():
     assert review_findings(submission, FOLDER) == []
 
 
-def test_a_slow_nms_is_said(monkeypatch):
-    monkeypatch.setattr(findings, "SLOW_NMS_SECONDS", 0.0)
+def test_a_slow_nms_is_found(monkeypatch):
+    monkeypatch.setattr(review, "SLOW_NMS_SECONDS", 0.0)
     (sentence,) = review_findings(OURS, FOLDER)
     assert "common.py, nms: takes" in sentence and "5,000 boxes" in sentence
 
 
-def test_fixed_sizes_are_said(tmp_path):
+def test_fixed_sizes_are_found(tmp_path):
     (tmp_path / "one_stage_detector.py").write_text(
         "def f(boxes, size=224):\n    return boxes.clamp(0, 224)\n"
         "class FCOS:\n    def forward(self, x):\n        y = x.view(-1, 20)\n        return y\n"
@@ -178,7 +178,7 @@ def test_fixed_sizes_are_said(tmp_path):
     ]
 
 
-def test_nothing_is_said_of_what_is_replaced_or_fails(tmp_path):
+def test_replaced_and_failing_code_has_no_findings(tmp_path):
     submission = load(BY_NAME["images without detections skipped"])
     submission.replaced["a4_helper"] = "missing"
     assert review_findings(submission, FOLDER) == []
