@@ -1,4 +1,4 @@
-"""What the sandbox guards against changes, and suspicious code."""
+"""What the sandbox guards against changes: every module of the grader, wherever it lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pkgutil
 import sys
 
 import eecs598.grading
-from eecs598.grading.sandbox.tampering import Watch, broken_tools
+from eecs598.grading.sandbox.tampering import Watch
 from eecs598.grading.submission import GRADER
 
 
@@ -53,8 +53,3 @@ def test_code_that_is_replaced_in_any_module_is_restored():
         function.__code__ = (lambda *_, **__: None).__code__
         assert watch.restore() == [f"the code of {function.__module__}.{function.__qualname__}"]
         assert function.__code__ is before
-
-
-def test_nothing_is_replaced_or_broken_to_begin_with():
-    assert Watch().restore() == []
-    assert broken_tools() == []
