@@ -384,18 +384,22 @@ def attacked(outside: Path, attacks: Iterable[Attack]) -> Iterator[list[Path]]:
     """
     secret = outside / "secret.txt"
     secret.write_text("the secret")
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.MonkeyPatch.context() as patch:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        temporary_folder() as temporary,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("GRADER_TOKEN", "the secret")
         names = {"SECRET": secret, "OUTSIDE": outside, "PORT": server.getsockname()[1]}
         folders = [
             write_submission(outside / "submissions" / f"{n:02}", attack, **names)
             for n, attack in enumerate(attacks)
         ]
-        before, processes, work = contents(outside), isolation.children(), work_folders()
+        before, processes = contents(outside), isolation.children()
         yield folders
         assert contents(outside) == before
         assert isolation.children() == processes
-        assert work_folders() == work
+        assert list(temporary.iterdir()) == [] and working_folders(temporary) == []
         server.settimeout(0)
         with pytest.raises(BlockingIOError):
             server.accept()
@@ -414,15 +418,23 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int, int]]:
     }
 
 
-def work_folders() -> set[str]:
-    """Names of the folders in which submissions run."""
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("fcos-")}
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Use a new folder for temporary files of this process and those that it starts.
+
+    So other programs that grade on this machine do not disturb a test.
+    """
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        os.chmod(folder, 0o755)  # the sandbox may run as another user
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
-def working_folders() -> list[str]:
-    """Working directories of all processes."""
+def working_folders(parent: Path) -> list[str]:
+    """Working directories of all processes that run below a folder."""
     folders = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             folders.append(os.readlink(process / "cwd"))
-    return folders
+    return [folder for folder in folders if folder.startswith(str(parent))]

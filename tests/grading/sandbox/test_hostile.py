@@ -17,6 +17,7 @@ from tests.grading.sandbox.attacks import (
     REPOSITORY,
     Attack,
     attacked,
+    temporary_folder,
     working_folders,
     write_submission,
 )
@@ -124,9 +125,10 @@ _os.write(1, b"daemon started ")
         ),
     )
     before = isolation.children()
-    (graded,) = grade_folders([folder], REPOSITORY, OPTIONS)
+    with temporary_folder() as temporary:
+        (graded,) = grade_folders([folder], REPOSITORY, OPTIONS)
+        assert working_folders(temporary) == []
     assert "processes" not in graded.protections
     assert "daemon started" in graded.output
     assert failures(graded) == {}
     assert isolation.children() == before
-    assert not any("fcos-grade-" in folder for folder in working_folders())

@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,14 @@ import pytest
 
 from eecs598.grading import grade_folders, load_rubric
 from eecs598.grading.sandbox.runner import Options
-from tests.grading.sandbox.attacks import ATTACKS, PARTS, REPOSITORY, Attack, attacked
+from tests.grading.sandbox.attacks import (
+    ATTACKS,
+    PARTS,
+    REPOSITORY,
+    Attack,
+    attacked,
+    temporary_folder,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -99,16 +104,6 @@ def installed(tmp_path_factory) -> Installed:
     return Installed(wheel, site)
 
 
-@pytest.fixture
-def temporary_folder() -> Iterator[Path]:
-    """The folder for temporary files of this process and those that it starts."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        os.chmod(folder, 0o755)  # the sandbox may run as another user
-        patch.setenv("TMPDIR", folder)
-        patch.setattr(tempfile, "tempdir", folder)
-        yield Path(folder)
-
-
 def test_every_file_of_the_packages_is_in_the_wheel(installed):
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     files = {
@@ -130,15 +125,16 @@ def test_modules_come_from_the_wheel(installed, tmp_path):
     assert files == [str(installed.site / name) for name in expected]
 
 
-def test_the_wheels_own_solution_has_all_points(installed, tmp_path, temporary_folder):
-    (result,) = installed.grade(str(installed.site), folder=tmp_path)
+def test_the_wheels_own_solution_has_all_points(installed, tmp_path):
+    with temporary_folder() as temporary:
+        (result,) = installed.grade(str(installed.site), folder=tmp_path)
+        assert list(temporary.iterdir()) == []
     assert result["error"] is None
     assert result["score"] == result["max_score"] == 100, result["items"]
     assert result["suspicious"] == []
-    assert list(temporary_folder.iterdir()) == []
 
 
-def test_attacks_do_no_harm_and_gain_nothing(installed, tmp_path, temporary_folder):
+def test_attacks_do_no_harm_and_gain_nothing(installed, tmp_path):
     rubric_file = tmp_path / "rubric.toml"
     rubric_file.write_text(RUBRIC)
     rubric = load_rubric(rubric_file)
@@ -151,7 +147,7 @@ def test_attacks_do_no_harm_and_gain_nothing(installed, tmp_path, temporary_fold
         arguments = (*map(str, folders), "--rubric", str(rubric_file), "--timeout", "10")
         results = installed.grade(*arguments, folder=elsewhere)
         source_results = grade_folders(folders, REPOSITORY, options)
-    assert list(temporary_folder.iterdir()) == list(elsewhere.iterdir()) == []
+    assert list(elsewhere.iterdir()) == []
     by_name = dict(zip(attacks, results, strict=True))
     for name, result, source in zip(attacks, results, source_results, strict=True):
         assert result["error"] is None
