@@ -1,4 +1,4 @@
-"""Grading of other people's solutions of the assignment: checks, points, a sandbox."""
+"""Grade solutions of the assignment: checks, points, and a sandbox to run submissions in."""
 
 from eecs598.grading.checks.registry import CHECKS, labels_of, run_checks
 from eecs598.grading.reports import Report, format_table, format_text, to_dict, to_gradescope

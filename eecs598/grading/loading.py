@@ -1,25 +1,25 @@
-"""Imports what somebody handed in, as it comes.
+"""Import the modules of a submission, even if some of its files are broken or missing.
 
-The files of a submission are imported below a package of their own, ``submission``, so that
-nothing of the grader carries their names: ``import eecs598`` in a file of the submission gives the
-submission's ``eecs598``, and the same line in the grader gives the grader's. What decides is the
-importing file, because each file runs with an ``__import__`` of its own among its builtins.
+The files of a submission are imported below a package of their own, ``submission``, so that they
+can't replace modules of the grader: ``import eecs598`` in a file of the submission finds the
+submission's ``eecs598``, and the same statement in the grader finds the grader's. The importing
+file decides, because each file runs with its own ``__import__`` among its builtins.
 
-A file of the submission
+What is tolerated in the files of a submission:
 
-* may hold syntax errors and lines of a notebook: the function or class they are in is left out;
-* may fail half-way: where a statement at the top level of ``common.py`` or
-  ``one_stage_detector.py`` raises, the next one follows;
-* may import packages that are not installed: importing them works, using them raises;
-* may ask for pretrained weights: it gets fixed random ones, and nothing is downloaded;
-* may ask for a GPU: it gets the CPU;
-* may use a few names that its libraries have dropped since.
+* syntax errors and notebook magics: the function or class that contains them is left out;
+* errors at import: if a top-level statement of ``common.py`` or ``one_stage_detector.py`` raises,
+  loading continues with the next statement;
+* packages that are not installed: importing them works, using them raises;
+* pretrained weights: fixed random weights are given instead, and nothing is downloaded;
+* a GPU that is taken for granted: the CPU is used;
+* a few names that libraries have removed since the assignment was written.
 
-Of all this the notes of the result tell. A file that is missing or can't be imported, and a
-function that a file lacks, is replaced by that of another folder, and so are functions that are
-not written yet where others call them (``eecs598.grading.submission.completed``). The process is
-expected to be one made for this submission: the changes to libraries stay until ``unload`` or the
-next submission.
+The notes of the result list all of this. A file that is missing or can't be imported, and a
+function that a file lacks, is replaced by the reference solution's; so are functions that are not
+written yet where other parts call them (``eecs598.grading.submission.completed``). The process
+should be used for one submission only: changes to libraries stay until ``unload`` or the next
+submission.
 """
 
 from __future__ import annotations
@@ -27,43 +27,34 @@ import __future__
 
 import ast
 import builtins
-import collections.abc
 import contextlib
-import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import torch
-import torch.utils.model_zoo
-import torchvision
-from torch.overrides import TorchFunctionMode
 
+from eecs598.grading.compatibility import AbsentPackage, LibraryChanges
 from eecs598.grading.result import isolated, place_of
-from eecs598.grading.submission import PUBLIC_NAMES, Submission
+from eecs598.grading.source import index_modules, parse_file
+from eecs598.grading.submission import GRADER, PARTS, PUBLIC_NAMES, Submission
 
-__all__ = ["PARTS", "Loaded", "index_of", "load_submission", "parse_file", "unload"]
+__all__ = ["Loaded", "load_submission", "unload"]
 
-PARTS = tuple(PUBLIC_NAMES)
-
-# What of a submission is its author's own work: as much of it as possible is kept. The rest was
-# handed out, and there is a whole one to replace a broken one with.
+# The parts that students write: as much of them as possible is kept. The other part was handed out,
+# so a broken one is replaced as a whole.
 OWN_WORK = {"common", "one_stage_detector"}
 
-THEIRS, OURS = "submission", "ours"  # the packages below which their and our files are imported
+# The packages below which the files of the submission and of the reference solution are imported.
+THEIRS, OURS = "submission", "ours"
 
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "site-packages"}
-MAX_DEPTH = 6  # of folders in a submission
-MAX_REPAIRS = 20  # pieces that are left out of a file before it is given up
 MAX_NOTES = 40
 
 
@@ -72,9 +63,10 @@ class Loaded:
     """A submission ready for the checks.
 
     Attributes:
-        submission: its modules; some may be ours, see ``Submission.replaced``.
-        notes: what is to be known about it, a line each: which files are theirs and which ours,
-            what could not be imported and why, what was changed to run it here.
+        submission: its modules; some may be the reference solution's, see
+            ``Submission.replaced``.
+        notes: one line each: which files were used and which replaced, what could not be imported
+            and why, and what was changed to run it here.
     """
 
     submission: Submission
@@ -84,16 +76,16 @@ class Loaded:
 def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLike) -> Loaded:
     """Import the three modules of a submission.
 
-    Nothing is written to the folder, and whatever its files print, raise or change in this
-    process ends up in the notes or is undone.
+    Nothing is written to the folder. What its files print is dropped, what they raise is noted, and
+    what they change in this process is undone.
 
     Args:
-        folder: what was handed in; the files may lie in a folder inside it.
-        fallback_folder: where our ``common.py``, ``one_stage_detector.py`` and ``a4_helper.py``
-            lie.
+        folder: of the submission; its files may lie in a folder inside it.
+        fallback_folder: folder of the reference solution's ``common.py``,
+            ``one_stage_detector.py`` and ``a4_helper.py``.
 
     Raises:
-        ValueError: the folder does not exist, or ours are not where they should be.
+        ValueError: the folder does not exist, or a file of the reference solution is missing.
     """
     folder, fallback_folder = Path(folder), Path(fallback_folder)
     if not folder.is_dir():
@@ -105,24 +97,23 @@ def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLik
             "replace what a submission lacks."
         )
     unload()
-    files = index_of(folder)
+    files = index_modules(folder)
     ours = {part: fallback_folder / f"{part}.py" for part in PARTS}
-    loading = _Loading(files, ours)
-    _changes.callback(loading.remove)
-    with _as_before():
-        _changes.enter_context(_fixed_weights())
-        loading.install()
-        modules = {part: loading.load_part(part) for part in PARTS}
-        loading.disown(modules)
+    finder = _SubmissionFinder(files, ours)
+    _changes.callback(finder.remove)
+    with _preserved_process_state():
+        finder.install()
+        modules = {part: finder.load_part(part) for part in PARTS}
+        finder.mark_reference_code(modules)
     submission = Submission(
         **modules,
-        replaced=loading.replaced,
+        replaced=finder.replaced,
         ours=lambda part: importlib.import_module(f"{OURS}.{part}"),
     )
-    return Loaded(submission, [loading.summary(), *loading.notes])
+    return Loaded(submission, [finder.summary(), *finder.notes])
 
 
-_changes = contextlib.ExitStack()  # what has to be undone before the next submission
+_changes = contextlib.ExitStack()  # to be undone before the next submission
 
 
 def unload() -> None:
@@ -131,8 +122,8 @@ def unload() -> None:
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Undo what importing a file easily changes for everybody."""
+def _preserved_process_state() -> Iterator[None]:
+    """Undo changes that files often make to the whole process when they are imported."""
     folder, dtype, path = os.getcwd(), torch.get_default_dtype(), list(sys.path)
     with isolated(), torch.enable_grad():
         try:
@@ -144,220 +135,45 @@ def _as_before() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------
-
-
-def index_of(folder: Path) -> dict[str, Path]:
-    """The Python files of a submission by the name they are imported with.
-
-    The root is the highest folder with a part of the assignment, that with most of them where
-    there are several.
-    """
-    by_path = {}
-    for path in _python_files(folder):
-        # Some programs for Windows pack "A4\\common.py" as the name of a file.
-        relative = PurePosixPath(str(path.relative_to(folder)).replace("\\", "/"))
-        by_path[relative] = path
-    roots = {path.parent for path in by_path if path.stem in PARTS}
-
-    def rank(root: PurePosixPath) -> tuple[int, int, str]:
-        parts = sum(root / f"{part}.py" in by_path for part in PARTS)
-        return -parts, len(root.parts), str(root)
-
-    root = min(roots, key=rank, default=PurePosixPath("."))
-    names = {}
-    for path, file in sorted(by_path.items()):
-        if path.is_relative_to(root):
-            parts = path.relative_to(root).with_suffix("").parts
-            names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    names.pop("", None)
-    return names
-
-
-def _python_files(folder: Path) -> Iterator[Path]:
-    inside = folder.resolve()
-    for current, folders, files in os.walk(folder):
-        depth = len(Path(current).relative_to(folder).parts)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if depth < MAX_DEPTH and name not in SKIPPED_FOLDERS and not name.startswith(".")
-        )
-        for name in files:
-            path = Path(current, name)
-            if not name.endswith(".py") or name.startswith("."):
-                continue
-            is_file = os.path.isfile(path)
-            if path.is_symlink():  # it may lead anywhere on this machine
-                is_file = is_file and path.resolve().is_relative_to(inside)
-            # Where one may not even ask, reading it will say why.
-            if is_file or not os.path.lexists(path):
-                yield path
-
-
-def _read(path: Path) -> str:
-    """The text of a source file, whichever editor wrote it."""
-    raw = path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16", errors="replace")
-    try:
-        return importlib.util.decode_source(raw)
-    except (SyntaxError, UnicodeDecodeError):
-        return raw.decode("cp1252", errors="replace")
-
-
-def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
-    """Parse a file, without the pieces that are no Python.
-
-    Args:
-        path: where it lies.
-        file: how to call it.
-
-    Returns:
-        The tree, and a note on each piece left out.
-
-    Raises:
-        SyntaxError: nothing can be made of it.
-    """
-    lines = _read(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    notes = _resolve_conflicts(lines, file)
-    while True:
-        try:
-            return ast.parse("\n".join(lines)), notes
-        except SyntaxError as error:
-            if error.lineno is None or len(notes) == MAX_REPAIRS:
-                raise
-            # After "def f():" without a body, Python points to the line where it missed it.
-            earlier = re.search(r"expected an indented block after .* on line (\d+)", str(error))
-            number = int(earlier[1]) if earlier else error.lineno
-            number = min(max(number, 1), len(lines)) - 1
-            line = lines[number].strip()
-            if line.startswith(("%", "!")):
-                lines[number] = re.sub(r"\S.*", "pass", lines[number])
-                notes.append(f"{file}, line {number + 1}: {line[:40]!r} is for notebooks; left out")
-                continue
-            # A method by itself; what is around it, if that was not the reason.
-            start, end = _method(lines, number) or _top_level_block(lines, number)
-            if not any(lines[start:end]):
-                raise
-            first = _first_code(lines, start, end)
-            what = re.match(r"\s*((?:async )?def|class)\s+(\w+)", first)
-            name = f"{what[1]} {what[2]}" if what else f"lines {start + 1} to {end}"
-            notes.append(
-                f"{file}, line {error.lineno}: {type(error).__name__}: {error.msg}; {name} can't "
-                "be judged"
-            )
-            lines[start:end] = [""] * (end - start)
-            if first[:1].isspace():
-                indent = re.match(r"\s*", first)[0]
-                lines[start] = f"{indent}{_PLACEHOLDER}"  # a class needs something in it
-
-
-_PLACEHOLDER = "pass  # left out"
-
-
-def _method(lines: list[str], number: int) -> tuple[int, int] | None:
-    """First line and end of the method around a line, unless it was left out before."""
-
-    def indent(line: str) -> int:
-        return len(line.expandtabs()) - len(line.expandtabs().lstrip())
-
-    start = number
-    while start >= 0 and not re.match(r"\s+(async )?def ", lines[start]):
-        if re.match(r"\S", lines[start]) or lines[start].endswith(_PLACEHOLDER):
-            return None
-        start -= 1
-    if start < 0:
-        return None
-    end = start + 1
-    while end < len(lines) and (
-        not lines[end].strip() or indent(lines[end]) > indent(lines[start])
-    ):
-        end += 1
-    if end <= number:
-        return None
-    while lines[start - 1].lstrip().startswith("@"):
-        start -= 1
-    return start, end
-
-
-def _top_level_block(lines: list[str], number: int) -> tuple[int, int]:
-    """First line and end of the top-level statement around a line."""
-
-    def begins(index: int) -> bool:
-        line = lines[index]
-        return bool(line) and not line[0].isspace() and line[0] not in ")]}#"
-
-    start = number
-    while start > 0 and not begins(start):
-        start -= 1
-    while start > 0 and lines[start - 1].startswith("@"):
-        start -= 1
-    end = start
-    while end < number or lines[end].startswith("@") and end + 1 < len(lines):
-        end += 1  # an error may be in a decorator
-    end += 1
-    while end < len(lines) and not begins(end):
-        end += 1
-    return start, end
-
-
-def _resolve_conflicts(lines: list[str], file: str) -> list[str]:
-    """Keep the first side where Git has left both."""
-    notes, side = [], None
-    for number, line in enumerate(lines):
-        if line.startswith("<<<<<<< "):
-            notes.append(
-                f"{file}, line {number + 1}: an unresolved merge; its first side is judged"
-            )
-            side, lines[number] = 1, ""
-        elif side and line.startswith(">>>>>>> "):
-            side, lines[number] = None, ""
-        elif side and (side == 2 or line == "======="):
-            side, lines[number] = 2, ""
-    return notes
-
-
-def _first_code(lines: list[str], start: int, end: int) -> str:
-    return next((line for line in lines[start:end] if not line.startswith("@")), "")
-
-
-# --------------------------------------------------------------------------------------------
 # Importing
 # --------------------------------------------------------------------------------------------
 
 
-class _Loading(importlib.abc.MetaPathFinder):
-    """One submission: finds its files and says which import means which of them."""
+class _SubmissionFinder(importlib.abc.MetaPathFinder):
+    """Finder of one submission's files, which decides which file an import statement means."""
 
     def __init__(self, theirs: dict[str, Path], ours: dict[str, Path]) -> None:
         self.files = {THEIRS: theirs, OURS: ours}
         self.notes: list[str] = []
-        self.replaced: dict[str, str] = {}  # part -> why it is ours
-        self.failed: set[str] = set()  # what raised when it was imported
-        self.cuda_is_cpu = False
+        self.replaced: dict[str, str] = {}  # part, or "part.name" -> why it was replaced
+        self.failed: set[str] = set()  # modules that raised when they were imported
+        self.changes = LibraryChanges(self.note)
         self.folder = next((theirs[part].parent.name for part in PARTS if part in theirs), None)
 
     def install(self) -> None:
+        """Prepare the process for importing the submission."""
+        self.changes.install()
         for package in (THEIRS, OURS):
             sys.modules[package] = ModuleType(package)
             sys.modules[package].__path__ = []
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
+        """Undo ``install``, and forget the imported modules."""
+        self.changes.undo()
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         for name in [name for name in sys.modules if name.split(".")[0] in (THEIRS, OURS)]:
             del sys.modules[name]
 
     def note(self, sentence: str) -> None:
+        """Add a note, on one line, unless it exists already."""
         sentence = " ".join(sentence.split())
         if sentence not in self.notes and len(self.notes) < MAX_NOTES:
             self.notes.append(sentence)
 
     def summary(self) -> str:
-        """Which of the files are theirs and which ours, in one line."""
+        """Say in one line which files are the submission's and which the reference solution's."""
         theirs = [f"{part}.py" for part in PARTS if part not in self.replaced]
         ours = [f"{part}.py ({self.replaced[part]})" for part in PARTS if part in self.replaced]
         ours += [name.partition(".")[2] for name in self.replaced if "." in name]
@@ -368,7 +184,7 @@ class _Loading(importlib.abc.MetaPathFinder):
         return f"used: {'; '.join(words)}"
 
     def load_part(self, part: str) -> ModuleType:
-        """A part of the submission, or ours."""
+        """Return a part of the submission, or the reference one if that can't be imported."""
         if part not in self.files[THEIRS]:
             others = sorted(name for name in self.files[THEIRS] if "." not in name)
             found = f"; found: {', '.join(f'{name}.py' for name in others[:6])}" if others else ""
@@ -381,24 +197,24 @@ class _Loading(importlib.abc.MetaPathFinder):
         self.replaced[part] = "theirs can't be imported"
         return importlib.import_module(f"{OURS}.{part}")
 
-    def fill_in(self, module: ModuleType, part: str) -> None:
-        """Give a module of theirs ours of what it lacks, for others to import."""
+    def fill_gaps(self, module: ModuleType, part: str) -> None:
+        """Add the reference functions that a module of the submission lacks, for its importers."""
         for name in PUBLIC_NAMES[part]:
             if not hasattr(module, name):
                 ours = importlib.import_module(f"{OURS}.{part}")
                 setattr(module, name, getattr(ours, name))
                 self.replaced[f"{part}.{name}"] = f"{part}.py does not define it"
 
-    def disown(self, modules: dict[str, ModuleType]) -> None:
-        """Note which public names of a submission stand for what is ours, however it got there."""
+    def mark_reference_code(self, modules: dict[str, ModuleType]) -> None:
+        """Mark the submission's names that refer to code of the reference solution as replaced."""
         for part, module in modules.items():
             for name in PUBLIC_NAMES[part] if part not in self.replaced else ():
                 origin = str(getattr(getattr(module, name), "__module__", ""))
-                if origin in PARTS or origin.startswith((f"{OURS}.", __package__)):
+                if origin in PARTS or origin.startswith((f"{OURS}.", GRADER)):
                     self.replaced.setdefault(f"{part}.{name}", "it is ours")
 
     def try_import(self, name: str) -> ModuleType | None:
-        """Import a file of the submission; where that fails, note why and return None."""
+        """Import a file of the submission; if that fails, note why and return None."""
         if name in self.failed:
             return None
         try:
@@ -414,25 +230,29 @@ class _Loading(importlib.abc.MetaPathFinder):
             return None
 
     def name_of(self, fullname: str) -> str:
-        """A file's name as its author knows it."""
+        """Return the file name of a module as its author knows it."""
         package, _, name = fullname.partition(".")
         path = self.files[package].get(name)
         folder = name.replace(".", "/")
         return f"{folder}/__init__.py" if path and path.stem == "__init__" else f"{folder}.py"
 
-    # Called by the import system ------------------------------------------------------------
-
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find a module below the two packages; called by the import system."""
         package, _, name = fullname.partition(".")
         if fullname in PARTS and path is None:
-            # Past the import statements, which find theirs; where this package is installed, it
-            # would be ours.
+            # Import statements find the submission's file before they get here. Other ways of
+            # importing would find the reference solution where it is installed.
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         if package not in self.files or not name:
             return None
         files = self.files[package]
         has_children = any(other.startswith(f"{name}.") for other in files)
-        if name not in files:  # a folder without __init__.py, or nothing
+        if name not in files:  # a folder without __init__.py, or no such module
             return (
                 importlib.machinery.ModuleSpec(fullname, None, is_package=True)
                 if has_children
@@ -440,29 +260,33 @@ class _Loading(importlib.abc.MetaPathFinder):
             )
         spec = importlib.machinery.ModuleSpec(
             fullname,
-            _Loader(self, files[name]),
+            _FileLoader(self, files[name]),
             origin=str(files[name]),
             is_package=has_children or files[name].stem == "__init__",
         )
         spec.has_location = True
         return spec
 
-    # Called by import statements ------------------------------------------------------------
-
-    def importer(self, package: str, lenient_lines: set[int]) -> Callable:
-        """The ``__import__`` of a file.
+    def importer(self, package: str, guarded_lines: set[int]) -> Callable[..., ModuleType]:
+        """Make the ``__import__`` function of a file.
 
         Args:
-            package: whether the file is one of theirs or of ours.
-            lenient_lines: of import statements whose failing the file itself deals with.
+            package: ``THEIRS`` for a file of the submission, ``OURS`` for a reference file.
+            guarded_lines: lines of import statements whose errors the file itself handles.
         """
 
-        def import_(name, globals=None, locals=None, fromlist=(), level=0):
+        def import_(
+            name: str,
+            globals: Mapping[str, object] | None = None,
+            locals: Mapping[str, object] | None = None,
+            fromlist: Sequence[str] = (),
+            level: int = 0,
+        ) -> ModuleType:
             if level > 0:
                 return builtins.__import__(name, globals, locals, fromlist, level)
             top, _, rest = name.partition(".")
             if fromlist and top == self.folder and rest.partition(".")[0] in PARTS:
-                name = top = rest  # from A4.common import ..., where the files lie in A4
+                name = top = rest  # "from A4.common import ...", if the files lie in A4
             for candidate in self.packages_for(top, package):
                 if self.try_import(f"{candidate}.{name}") is not None:
                     module = builtins.__import__(
@@ -475,60 +299,62 @@ class _Loading(importlib.abc.MetaPathFinder):
                 return builtins.__import__(name, globals, locals, fromlist, 0)
             except ModuleNotFoundError as error:
                 line = sys._getframe(1).f_lineno
-                if package == OURS or line in lenient_lines or error.name is None:
+                if package == OURS or line in guarded_lines or error.name is None:
                     raise
                 if not (name == error.name or name.startswith(f"{error.name}.")):
-                    raise  # a package that is here and lacks another one
-                file = self.name_of(globals["__name__"])
+                    raise  # the package is installed, and one that it needs is not
+                file = self.name_of(str((globals or {})["__name__"]))
                 self.note(
                     f"{file}, line {line}: {error.name} is not installed here; what uses it can't "
                     "be judged"
                 )
                 if fromlist:
-                    return _Absent(name)
+                    return AbsentPackage(name)
                 if error.name == top:
-                    return _Absent(top)
+                    return AbsentPackage(top)
                 return builtins.__import__(top, globals, locals, (), 0)
 
         return import_
 
     def packages_for(self, top: str, package: str) -> list[str]:
-        """Where to look for a module, before it is looked for among what is installed."""
+        """Return the packages to search for a module before the installed ones."""
         if package == OURS:
             return [OURS] if top in PARTS else []
         found = [THEIRS] if self.has(top) else []
         return [*found, OURS] if top in PARTS else found
 
     def has(self, top: str) -> bool:
+        """Whether the submission has a module or folder of that name."""
         return any(name == top or name.startswith(f"{top}.") for name in self.files[THEIRS])
 
 
-class _Loader(importlib.abc.Loader):
-    """Runs one file. Other than Python's own loader it leaves no compiled file behind."""
+class _FileLoader(importlib.abc.Loader):
+    """Loader of one file. Unlike Python's own, it writes no compiled file."""
 
-    def __init__(self, loading: _Loading, path: Path) -> None:
-        self.loading = loading
+    def __init__(self, finder: _SubmissionFinder, path: Path) -> None:
+        self.finder = finder
         self.path = path
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None
+        """Let the import system create the module as usual."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the file in the module's namespace."""
         package, _, name = module.__name__.partition(".")
-        file = self.loading.name_of(module.__name__)
+        file = self.finder.name_of(module.__name__)
         tree, notes = parse_file(self.path, file)
         for sentence in notes:
-            self.loading.note(sentence)
-        importer = self.loading.importer(package, _lines_of_guarded_imports(tree))
+            self.finder.note(sentence)
+        importer = self.finder.importer(package, _lines_of_guarded_imports(tree))
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": importer}
         if package == THEIRS:
-            _adapt(self.loading, tree, file)
+            self.finder.changes.adapt(tree, file)
         self._run(module, tree, file, keep_going=package == THEIRS and name in OWN_WORK)
         if package == THEIRS and name in PARTS:
-            self.loading.fill_in(module, name)
+            self.finder.fill_gaps(module, name)
         if package == OURS:
-            # A star import of what was handed out brings along all it has imported itself, and
-            # submissions rely on that.
+            # A star import of the handed out file also gives what that file imported, and
+            # submissions rely on this.
             module.__dict__.pop("__all__", None)
 
     def _run(self, module: ModuleType, tree: ast.Module, file: str, keep_going: bool) -> None:
@@ -552,7 +378,7 @@ class _Loader(importlib.abc.Loader):
                     raise
                 what = f" ({_describe(node)})" if _describe(node) else ""
                 where = place_of(error) or f"{file}, line {node.lineno}"
-                self.loading.note(
+                self.finder.note(
                     f"{where}{what}: {type(error).__name__}: {error}; the rest of {file} is judged "
                     "without it"
                 )
@@ -567,7 +393,7 @@ def _describe(node: ast.stmt) -> str:
 
 
 def _lines_of_guarded_imports(tree: ast.Module) -> set[int]:
-    """Lines of imports inside ``try`` with ``except ImportError`` or wider."""
+    """Return the lines of imports inside ``try`` with ``except ImportError`` or wider."""
     wide = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
     lines = set()
     for node in ast.walk(tree):
@@ -586,159 +412,3 @@ def _lines_of_guarded_imports(tree: ast.Module) -> set[int]:
                     if isinstance(inner, (ast.Import, ast.ImportFrom))
                 }
     return lines
-
-
-class _Absent(ModuleType):
-    """Stands in for a package that is not installed, and for all that is in it."""
-
-    __path__: list[str] = []
-    __all__: list[str] = []
-
-    def __getattr__(self, name: str) -> _Absent:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Absent(f"{self.__name__}.{name}")
-
-    def _refuse(self, *args: object, **kwargs: object) -> None:
-        package = self.__name__.partition(".")[0]
-        raise ModuleNotFoundError(f"{self.__name__} was used, and {package} is not installed here")
-
-    __call__ = __iter__ = __getitem__ = __enter__ = __mro_entries__ = _refuse
-
-
-# --------------------------------------------------------------------------------------------
-# What has changed since, and what there is not
-# --------------------------------------------------------------------------------------------
-
-# Names that libraries have dropped, by the module that had them. They are put back where a file
-# names them.
-DROPPED = {
-    "numpy": {"float": float, "int": int, "object": object, "Inf": float("inf")},
-    "PIL.Image": {"ANTIALIAS": 1},  # LANCZOS
-    "collections": {name: getattr(collections.abc, name) for name in collections.abc.__all__},
-}
-
-
-def _adapt(loading: _Loading, tree: ast.Module, file: str) -> None:
-    """Make up for what a file expects of libraries and machine."""
-    for line, module_name, name in _dropped_names(tree):
-        module = importlib.import_module(module_name)
-        if not hasattr(module, name):
-            value = DROPPED[module_name][name]
-            _changes.enter_context(mock.patch.object(module, name, value, create=True))
-            loading.note(f"{file}, line {line}: {module_name}.{name} is gone from newer versions")
-    if (line := _line_of_cuda(tree)) is not None:
-        loading.note(f"{file}, line {line}: asks for a GPU whether there is one or not; given CPU")
-        if not loading.cuda_is_cpu:
-            loading.cuda_is_cpu = True
-            _changes.enter_context(_cuda_is_cpu())
-
-
-def _dropped_names(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
-    """Line, module and name of each use of a dropped name."""
-    short = {"np": "numpy", "numpy": "numpy", "Image": "PIL.Image", "collections": "collections"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            module = short.get(node.value.id)
-            if node.attr in DROPPED.get(module, ()):
-                yield node.lineno, module, node.attr
-        elif isinstance(node, ast.ImportFrom) and node.module in DROPPED:
-            for alias in node.names:
-                if alias.name in DROPPED[node.module]:
-                    yield node.lineno, node.module, alias.name
-
-
-def _line_of_cuda(node: ast.AST) -> int | None:
-    """The first line that asks for a GPU without looking whether there is one."""
-    if isinstance(node, ast.Compare):
-        return None
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.lineno if re.fullmatch(r"cuda(:\d*)?", node.value) else None
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "cuda":
-        return node.lineno
-    if isinstance(node, ast.Attribute) and re.fullmatch(
-        r"torch\.cuda\.(synchronize|\w+Tensor)", ast.unparse(node)
-    ):
-        return node.lineno
-    if isinstance(node, (ast.If, ast.IfExp)) and "cuda" in ast.unparse(node.test):
-        return None  # it looks
-    children = list(ast.iter_child_nodes(node))
-    if isinstance(node, ast.Dict):
-        children = node.values  # keys are names
-    elif isinstance(node, ast.Subscript):
-        children = [node.value]
-    lines = (_line_of_cuda(child) for child in children)
-    return next((line for line in lines if line is not None), None)
-
-
-class _CpuInstead(TorchFunctionMode):
-    """Reads a request for a GPU as one for the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        kwargs = {name: self._on_cpu(value) for name, value in (kwargs or {}).items()}
-        return func(*(self._on_cpu(value) for value in args), **kwargs)
-
-    @staticmethod
-    def _on_cpu(value: object) -> object:
-        if isinstance(value, torch.device):
-            return torch.device("cpu") if value.type == "cuda" else value
-        return "cpu" if isinstance(value, str) and value.startswith("cuda") else value
-
-
-@contextlib.contextmanager
-def _cuda_is_cpu() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for name in dir(torch.cuda):
-            if name.endswith("Tensor"):
-                on_cpu = getattr(torch, name)
-                stack.enter_context(mock.patch.object(torch.cuda, name, on_cpu))
-        stack.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda device=None: None))
-        stack.enter_context(_CpuInstead())
-        yield
-
-
-@contextlib.contextmanager
-def _fixed_weights() -> Iterator[None]:
-    """Give fixed random weights to whoever wants to download some, and hide GPUs."""
-    with contextlib.ExitStack() as stack:
-        for module, name in (
-            (torch.hub, "load_state_dict_from_url"),
-            (torch.utils.model_zoo, "load_url"),
-            (torchvision.models._api, "load_state_dict_from_url"),
-            (torchvision._internally_replaced_utils, "load_state_dict_from_url"),
-        ):
-            stack.enter_context(mock.patch.object(module, name, _state_dict_from_url))
-        stack.enter_context(mock.patch.object(torch.hub, "load", _load_from_hub))
-        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: False))
-        yield
-
-
-def _state_dict_from_url(url: str, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
-    return dict(_random_state_dict(_network_of(url)))
-
-
-def _network_of(url: str) -> str:
-    """Name of the network of torchvision that some weights belong to."""
-    names = torchvision.models.list_models()
-    for name in names:
-        if any(weights.url == url for weights in torchvision.models.get_model_weights(name)):
-            return name
-    name = PurePosixPath(url).stem.rpartition("-")[0]  # regnet_x_400mf-adf1edd5.pth
-    if name not in names:
-        raise ModuleNotFoundError(f"{url} can't be downloaded: there is no network here")
-    return name
-
-
-@functools.cache
-def _random_state_dict(name: str) -> dict[str, torch.Tensor]:
-    with isolated():
-        return torchvision.models.get_model(name, weights=None).state_dict()
-
-
-def _load_from_hub(repository: str, model: str, *args: object, **kwargs: object) -> object:
-    if not str(repository).startswith("pytorch/vision"):
-        raise ModuleNotFoundError(f"{repository} can't be downloaded: there is no network here")
-    kwargs = {key: kwargs[key] for key in kwargs if key not in ("pretrained", "weights")}
-    return torchvision.models.get_model(model, weights=None, **kwargs)

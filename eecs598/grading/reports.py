@@ -1,4 +1,4 @@
-"""What grading tells people and programs: text, a table of many submissions, JSON, Gradescope."""
+"""Format grading results: text, a table of many submissions, JSON, and Gradescope's format."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from eecs598.grading.sandbox.runner import Graded
 
 __all__ = ["Report", "format_table", "format_text", "to_dict", "to_gradescope"]
 
-MAX_FAILURES = 6  # of an item in the text; the other formats have all
-MAX_OUTPUT = 2000  # characters of what a submission printed, in the text
+MAX_FAILURES = 6  # shown per item in the text; the other formats have all
+MAX_OUTPUT = 2000  # characters of a submission's output, in the text
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,27 @@ class Report:
 
     @property
     def items(self) -> Sequence[GradedItem]:
+        """Lines of the rubric with the submission's scores."""
         return self.grade.items
 
     @property
     def score(self) -> float:
+        """Points of the submission."""
         return self.grade.total
 
     @property
     def max_score(self) -> float:
+        """Points of the whole rubric."""
         return self.grade.max_total
 
     @property
     def is_full(self) -> bool:
-        """Whether it has all points there are."""
+        """Whether the submission was graded and has all points."""
         return self.graded.error is None and self.score >= self.max_score
 
 
 def format_text(report: Report) -> str:
-    """A submission in full, for a person to read."""
+    """Format all results of a submission as text for people."""
     graded = report.graded
     head = f"{graded.folder}: {_points(report)} points"
     if graded.error is not None:
@@ -68,7 +71,7 @@ def format_text(report: Report) -> str:
 
 
 def format_table(reports: Sequence[Report]) -> str:
-    """A line a submission: its points, and the items that cost some."""
+    """Format one line per submission, with its points and the items that cost some."""
     width = max(len(report.graded.folder) for report in reports)
     lines = [f"{'submission':{width}}  points       remarks  to look at  lost"]
     for report in reports:
@@ -92,7 +95,7 @@ def format_table(reports: Sequence[Report]) -> str:
 
 
 def to_dict(report: Report) -> dict[str, Any]:
-    """Everything that is known of a submission, for JSON."""
+    """Return all results of a submission in a form that can be saved as JSON."""
     graded = report.graded
     return {
         "folder": graded.folder,
@@ -123,7 +126,7 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 
 def to_gradescope(report: Report) -> dict[str, Any]:
-    """Gradescope's ``results.json``.
+    """Return the contents of Gradescope's ``results.json``.
 
     Source: Gradescope's documentation of autograders, "Output format".
     """
@@ -167,7 +170,7 @@ def _points(report: Report) -> str:
 
 
 def _describe_protections(graded: Graded) -> str:
-    """What a submission could not do on this machine, and what it could."""
+    """Say which protections were active, and what a submission could do without the others."""
     missing = [harm for layer, harm in LAYERS.items() if layer not in graded.protections]
     if graded.error is not None:
         return "nothing of it was run"

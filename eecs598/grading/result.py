@@ -1,4 +1,4 @@
-"""What a check returns, and how it finds and words a fault."""
+"""Results of checks, and the comparisons that checks are written with."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import random
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eecs598.grading.answers import plain
+from eecs598.grading.answers import to_plain_data
 
 __all__ = [
     "CheckResult",
+    "Probe",
     "ProbeResult",
-    "Wrong",
+    "CheckFailure",
     "expect",
     "expect_close",
     "isolated",
@@ -31,58 +32,76 @@ __all__ = [
     "show",
 ]
 
-
 T = TypeVar("T")
 
 
-class Wrong(Exception):
-    """The submission did not do what a probe expects; the message says what, in one line."""
+class CheckFailure(Exception):
+    """A submission did not do what a probe expects; the message says what, in one line."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One question of a check and its answer.
+    """The result of one probe, the smallest part of a check that passes or fails.
 
     Attributes:
-        label: what was looked at; stable, so that a rubric can refer to it.
-        problem: what was wrong, in one line; None where nothing was.
+        label: what was tested; it stays the same, so that a rubric can refer to it.
+        problem: what was wrong, in one line; None if the probe passed.
     """
 
     label: str
     problem: str | None
 
 
+Probe = AbstractContextManager[None]
+
+
 @dataclass
 class CheckResult:
-    """The answers to all questions of a check."""
+    """The results of all probes of a check.
+
+    Attributes:
+        name: of the check.
+        probes: in the order in which they ran.
+        wrap_probe: a function that is given each result and probe before the probe runs, and
+            returns the context manager to use in its place. The sandbox sets it to limit the time
+            of probes and to send their results.
+    """
 
     name: str
     probes: list[ProbeResult] = field(default_factory=list)
+    wrap_probe: ClassVar[Callable[[CheckResult, Probe], Probe] | None] = None
 
     @property
     def ok(self) -> bool:
-        """Whether everything passed."""
+        """Whether all probes passed."""
         return not self.failed
 
     @property
     def passed(self) -> list[str]:
-        """Labels of what passed."""
+        """Labels of the probes that passed."""
         return [probe.label for probe in self.probes if probe.problem is None]
 
     @property
     def failed(self) -> list[str]:
-        """A sentence for each thing that did not pass."""
+        """Label and problem of each probe that failed."""
         return [f"{p.label}: {p.problem}" for p in self.probes if p.problem is not None]
 
+    def probe(self, label: str) -> Probe:
+        """Return a context manager that runs its block as a probe.
+
+        What the block raises is recorded as the problem of the probe, and the check continues.
+        """
+        probe, wrap = self._run_probe(label), type(self).wrap_probe
+        return probe if wrap is None else wrap(self, probe)
+
     @contextmanager
-    def probe(self, label: str) -> Iterator[None]:
-        """Run a block of a check: whatever it raises is the answer, and the check goes on."""
+    def _run_probe(self, label: str) -> Iterator[None]:
         problem = None
         try:
             with isolated():
                 yield
-        except Wrong as wrong:
-            problem = str(wrong)
+        except CheckFailure as failure:
+            problem = str(failure)
         except (Exception, SystemExit) as error:
             place = place_of(error)
             problem = _one_line(f"raised {type(error).__name__}: {error}")
@@ -92,10 +111,13 @@ class CheckResult:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Seeded random generators, no output and no warnings inside; outside, all as before."""
+    """Run the block with seeded random generators and without output or warnings.
+
+    Afterwards, the generators, streams and warning filters are as before.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # Only the CPU's generator: nothing here runs elsewhere, and torch.manual_seed would change
-    # the generators of GPUs, too.
+    # Only the CPU's generator: checks run on the CPU, and torch.manual_seed would change the
+    # generators of GPUs, too.
     with (
         torch.random.fork_rng(devices=[]),
         open(os.devnull, "w") as nowhere,
@@ -115,77 +137,79 @@ def isolated() -> Iterator[None]:
 
 
 def once(function: Callable[[], T]) -> Callable[[], T]:
-    """Call a function at most once and give its result, or what it raised, to everybody."""
-    outcome: list[tuple[T | None, Exception | None]] = []
+    """Wrap a function so that it runs once; later calls return, or raise, the same again."""
+    results: list[T] = []
+    errors: list[Exception] = []
 
     def first_outcome() -> T:
-        if not outcome:
+        if not results and not errors:
             try:
-                outcome.append((function(), None))
+                results.append(function())
             except Exception as error:
-                outcome.append((None, error))
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return results[0]
 
     return first_outcome
 
 
 def place_of(error: BaseException) -> str | None:
-    """File and line of a submission in which an exception was raised, if it came through one."""
+    """Return the innermost file and line of a submission in a traceback; None if there is none."""
     places = [place_in(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return next((place for place in reversed(places) if place), None)
 
 
 def place_in(frame: FrameType, line: int) -> str | None:
-    """File and line of a frame in a submission; None where it is elsewhere."""
+    """Return file and line of a frame in a submission; None for a frame of other code."""
     name = frame.f_globals.get("__name__") or ""
-    # Imported as they are, or by eecs598.grading.loading.
+    # Imported under their own names, or by eecs598.grading.loading.
     if name in ("common", "one_stage_detector", "a4_helper") or name.startswith("submission."):
         return f"{name.removeprefix('submission.').replace('.', '/')}.py, line {line}"
     return None
 
 
 def expect(condition: bool, sentence: str) -> None:
-    """Raise ``Wrong`` with the sentence unless the condition holds."""
+    """Raise ``CheckFailure`` with the sentence unless the condition is true."""
     if not condition:
-        raise Wrong(_one_line(sentence))
+        raise CheckFailure(_one_line(sentence))
 
 
 def expect_close(
-    what: str, got: object, expected: Tensor | Sequence | float, tolerance: float = 0.0
+    what: str, got: object, expected: Tensor | Sequence[object] | float, tolerance: float = 0.0
 ) -> None:
-    """Raise ``Wrong`` unless ``got`` is a tensor with the expected shape and values.
+    """Raise ``CheckFailure`` unless ``got`` is a tensor with the expected shape and values.
 
     Args:
-        what: the input, for the sentence.
-        got: what the submission returned.
-        expected: what it should have returned; the data type is not compared.
+        what: the input, for the message.
+        got: the value that the submission returned.
+        expected: the value that it should have returned; data types are not compared.
         tolerance: allowed difference, both absolute and relative.
     """
-    got, expected = plain(got), torch.as_tensor(expected)
+    got, expected = to_plain_data(got), torch.as_tensor(expected)
     if not isinstance(got, Tensor):
-        raise Wrong(f"{what}: expected a tensor, got {show(got)}")
+        raise CheckFailure(f"{what}: expected a tensor, got {show(got)}")
     if got.shape != expected.shape:
-        raise Wrong(f"{what}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
+        raise CheckFailure(
+            f"{what}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
+        )
     got, expected = got.detach().cpu().double(), expected.detach().double()
     close = torch.isclose(got, expected, rtol=tolerance, atol=tolerance)
     if close.all():
         return
     where = ""
-    if expected.dim() > 0 and expected.numel() > 8:  # too long for a line: the first wrong row
+    if expected.dim() > 0 and expected.numel() > 8:  # too long for a line: show the first wrong row
         first = (~close).nonzero()[0].tolist()
         row = tuple(first[:-1] if expected.shape[-1] <= 8 else first)
         got, expected, where = got[row], expected[row], f", row {show(row).strip('[]')}"
     digits = 6 if show(got) != show(expected) else 12
     sentence = f"{what}{where}: expected {show(expected, digits)}, got {show(got, digits)}"
-    raise Wrong(_one_line(sentence))
+    raise CheckFailure(_one_line(sentence))
 
 
 def show(value: object, digits: int = 6) -> str:
-    """A short form of a value for a sentence."""
-    value = plain(value)
+    """Format a value for a sentence, shortened."""
+    value = to_plain_data(value)
     if isinstance(value, Tensor):
         if value.numel() > 20:
             return f"a tensor of shape {tuple(value.shape)}"

@@ -1,7 +1,7 @@
-"""Points from the results of the checks.
+"""Compute points from the results of checks.
 
-The table is ``rubric.toml`` beside this file, which says how it is to be read. Any other file of
-that form can take its place.
+The points of each probe are in ``rubric.toml`` beside this file, which explains its format. Any
+other file of this format can be used instead.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class RubricItem:
 
     Attributes:
         name: unique in its rubric.
-        title: for the reader.
-        check: what is judged, a key of ``eecs598.grading.CHECKS``.
-        points: where every probe passes.
-        probes: label -> share of the points, which need not sum to anything.
+        title: shown to readers.
+        check: a key of ``eecs598.grading.CHECKS``.
+        points: for a submission that passes all probes.
+        probes: label -> weight; the points are shared out in proportion to the weights.
     """
 
     name: str
@@ -48,10 +48,14 @@ class RubricItem:
 
 @dataclass(frozen=True)
 class GradedItem:
-    """A line of the rubric and what a submission got for it.
+    """A line of the rubric and a submission's score in it.
 
     Attributes:
-        failures: a sentence for each thing that was wrong.
+        name: of the line.
+        title: shown to readers.
+        score: points of the submission.
+        max_score: points for passing all probes.
+        failures: one sentence for each reason for lost points.
     """
 
     name: str
@@ -63,38 +67,38 @@ class GradedItem:
 
 @dataclass(frozen=True)
 class Grade:
-    """What a submission got."""
+    """The points of a submission."""
 
     items: list[GradedItem]
 
     @property
     def total(self) -> float:
-        """The sum of the scores."""
+        """Sum of the scores."""
         return round(sum(item.score for item in self.items), 2)
 
     @property
     def max_total(self) -> float:
-        """The sum of all points."""
+        """Sum of all points."""
         return round(sum(item.max_score for item in self.items), 2)
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """A table of points."""
+    """A table of points per check and probe."""
 
     items: list[RubricItem]
 
     @property
     def checks(self) -> list[str]:
-        """Names of the checks that count, in the order of the assignment."""
+        """Names of the checks that it uses, in the order of the assignment."""
         return [name for name in CHECKS if any(item.check == name for item in self.items)]
 
     def grade(self, results: Iterable[CheckResult]) -> Grade:
         """Score a submission.
 
         Args:
-            results: of the checks. One that is missing, and any probe that is missing from a
-                result, counts as failed; what the rubric does not know is ignored.
+            results: of its checks. Missing checks and missing probes count as failed; those that
+                the rubric does not list are ignored.
         """
         by_name = {result.name: result for result in results}
         return Grade([_grade_item(item, by_name.get(item.check)) for item in self.items])
@@ -103,18 +107,18 @@ class Rubric:
 def _grade_item(item: RubricItem, result: CheckResult | None) -> GradedItem:
     problems: dict[str, str | None] = {}
     for probe in result.probes if result is not None else ():
-        # Asked twice, the worse answer counts.
+        # If a probe occurs twice, the worse result counts.
         problems[probe.label] = problems.get(probe.label) or probe.problem
     passed = {label for label in item.probes if problems.get(label, "not asked") is None}
     whole = sum(item.probes.values())
     share = sum(item.probes[label] for label in passed) / whole if whole else 0.0
 
     known = labels_of(item.check)
-    failures: dict[str, tuple[str, list[str]]] = {}  # what was wrong, and with which labels
+    failures: dict[str, tuple[str, list[str]]] = {}  # reason -> problem and labels of its probes
     for label, problem in problems.items():
-        # A check that could not be held says so under a label of its own.
+        # A check that could not be run has a single probe with another label.
         if problem is not None and (label in item.probes or label not in known):
-            # Something endless is interrupted at one line or another.
+            # An endless loop is interrupted at varying lines.
             reason = re.sub(r" \(\S+\.py, line \d+\)$", "", problem)
             failures.setdefault(reason, (problem, []))[1].append(label)
     missing = [label for label in item.probes if label not in problems]
@@ -139,11 +143,10 @@ def load_rubric(path: str | os.PathLike | None = None) -> Rubric:
     """Read a table of points.
 
     Args:
-        path: of a TOML file in the form of ``rubric.toml``; that one unless given.
+        path: of a TOML file in the format of ``rubric.toml``; that one unless given.
 
     Raises:
-        ValueError: the file is missing, is not TOML, or has a key, check, probe or value that
-            makes no sense.
+        ValueError: the file is missing, is not TOML, or has an invalid key, check, probe or value.
     """
     path = DEFAULT_PATH if path is None else Path(path)
     try:

@@ -1,4 +1,4 @@
-"""The modules under test, and the small detector that several checks use."""
+"""A submission's modules, and the small detector that several checks build from them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,24 @@ from unittest import mock
 import torch
 from torch import nn
 
-from eecs598.grading.answers import Answering
-from eecs598.grading.result import Wrong, expect, isolated, once, show
+from eecs598.grading.answers import PlainDataProxy
+from eecs598.grading.result import CheckFailure, isolated, once, show
 
-__all__ = ["PUBLIC_NAMES", "Submission", "build", "completed", "evaluating", "training"]
+__all__ = [
+    "GRADER",
+    "PARTS",
+    "PUBLIC_NAMES",
+    "Submission",
+    "build",
+    "completed",
+    "evaluating",
+    "training",
+]
 
 NUM_CLASSES = 3
 FPN_CHANNELS = 16
 
-# What the assignment asks for and the checks call, apart from the greetings.
+# The names that the assignment asks for and the checks use, apart from the greetings.
 PUBLIC_NAMES = {
     "common": ("DetectorBackboneWithFPN", "get_fpn_location_coords", "nms", "class_spec_nms"),
     "one_stage_detector": (
@@ -37,6 +46,9 @@ PUBLIC_NAMES = {
     ),
     "a4_helper": ("VOC2007DetectionTiny", "train_detector", "inference_with_detector"),
 }
+PARTS = tuple(PUBLIC_NAMES)
+
+GRADER = "eecs598.grading"  # the package of the grader, whose modules no submission may change
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,42 +56,45 @@ class Submission:
     """The three imported modules of the assignment.
 
     Attributes:
-        replaced: which of them, or which "module.name" in them, are not the submission's own, and
-            why. What they do says nothing about the submission.
-        ours: gives our module of a name, to stand in for what is not written yet; without it,
-            nothing does.
+        common: ``common.py``.
+        one_stage_detector: ``one_stage_detector.py``.
+        a4_helper: ``a4_helper.py``.
+        replaced: the modules, or names in modules as "module.name", that are not the submission's
+            own, each with the reason. Their behavior says nothing about the submission.
+        ours: a function that returns the reference module of a name. Its functions are used in
+            place of those that are not written yet; without it, nothing is replaced.
     """
 
-    common: ModuleType | Answering
-    one_stage_detector: ModuleType | Answering
-    a4_helper: ModuleType | Answering
+    common: ModuleType | PlainDataProxy
+    one_stage_detector: ModuleType | PlainDataProxy
+    a4_helper: ModuleType | PlainDataProxy
     replaced: Mapping[str, str] = field(default_factory=dict)
     ours: Callable[[str], ModuleType] | None = None
 
     def detector(self) -> nn.Module:
-        """A small FCOS of ``NUM_CLASSES`` classes with random weights, a new copy each time."""
+        """Return a new small FCOS of ``NUM_CLASSES`` classes, always with the same weights."""
         try:
             return copy.deepcopy(self._template())
-        except Exception:  # it may hold what can't be copied, such as results of a dummy pass
+        except Exception:  # it may hold what can't be copied, such as outputs of a dummy pass
             return self._build()
 
     def detector_with(self, **parts: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        """The same with other modules in place of some of its own, which are not copied.
+        """Return the small detector with some of its modules replaced.
 
         Args:
-            parts: makes the other module from the detector's own, by the name of the attribute:
-                ``backbone`` or ``pred_net``.
+            parts: for the name of an attribute, ``backbone`` or ``pred_net``, a function that
+                makes the replacement from the detector's own module.
         """
-        template, others = self._template(), {}
+        template, replacements = self._template(), {}
         for name, make in parts.items():
             own = getattr(template, name, None)
-            expect(
-                isinstance(own, nn.Module),
-                f"FCOS: expected a module as the attribute {name}, got {show(own)}",
-            )
-            others[id(own)] = make(own)
+            if not isinstance(own, nn.Module):
+                raise CheckFailure(
+                    f"FCOS: expected a module as the attribute {name}, got {show(own)}"
+                )
+            replacements[id(own)] = make(own)
         try:
-            return copy.deepcopy(template, others)  # what stands in the memo counts as copied
+            return copy.deepcopy(template, replacements)  # its memo: these count as copied already
         except Exception:
             detector = self._build()
             for name, make in parts.items():
@@ -88,19 +103,25 @@ class Submission:
 
     @cached_property
     def feature_maps(self) -> object:
-        """What its backbone gives for a small image; None where it fails."""
+        """Output of the detector's backbone for a small image; None if it fails."""
         with contextlib.suppress(Exception, SystemExit), isolated(), torch.no_grad():
-            return evaluating(self.detector().backbone)(torch.zeros(1, 3, 64, 64))
+            backbone: Any = self.detector().backbone
+            return evaluating(backbone)(torch.zeros(1, 3, 64, 64))
+        return None
 
     @cached_property
-    def answering(self) -> Submission:
-        """The same for the checks, which get plain values from all functions of its modules."""
-        modules = (self.common, self.one_stage_detector, self.a4_helper)
-        return Submission(*map(Answering, modules), self.replaced)
+    def plain_proxy(self) -> Submission:
+        """The same submission with modules whose functions return plain data, for the checks."""
+        return Submission(
+            PlainDataProxy(self.common),
+            PlainDataProxy(self.one_stage_detector),
+            PlainDataProxy(self.a4_helper),
+            self.replaced,
+        )
 
     @cached_property
     def _template(self) -> Callable[[], nn.Module]:
-        # Built once, because most of the time of a check would go into building backbones.
+        # Built once: most of the time of a check would go into building backbones.
         return once(self._build)
 
     def _build(self) -> nn.Module:
@@ -113,42 +134,42 @@ class Submission:
 
     @cached_property
     def _stand_ins(self) -> list[tuple[str, Any, Any]]:
-        """Name, theirs and ours of each function and class that is not written yet."""
+        """Name, own object and reference object of each function and class not written yet."""
         if self.ours is None:
             return []
         return [
             (name, getattr(getattr(self, part), name), getattr(self.ours(part), name))
-            for (part, name), trial in _TRIALS.items()
-            if _is_unwritten(getattr(getattr(self, part), name, None), trial)
+            for (part, name), call in _SMALLEST_CALLS.items()
+            if _is_unwritten(getattr(getattr(self, part), name, None), call)
         ]
 
     @cached_property
     def _completed(self) -> Submission:
         unwritten = {
             f"{part}.{name}": "it is not written yet"
-            for part, name in _TRIALS
+            for part, name in _SMALLEST_CALLS
             if any(name == stand_in for stand_in, _, _ in self._stand_ins)
         }
-        modules = (self.common, self.one_stage_detector, self.a4_helper)
-        return Submission(*modules, {**self.replaced, **unwritten})
+        replaced = {**self.replaced, **unwritten}
+        return Submission(self.common, self.one_stage_detector, self.a4_helper, replaced)
 
 
 @contextmanager
 def completed(submission: Submission) -> Iterator[Submission]:
-    """The submission with ours in place of what it has not written, such as ``pass``.
+    """Replace what a submission has not written yet by the reference solution's, for the block.
 
-    So what is written is judged without having to wait for the rest. A function that is wrong is
-    not replaced: whoever calls it meets its faults.
+    So a part that is written can be judged before the rest is. A function that is wrong is not
+    replaced: the parts that call it fail with it.
     """
     stand_ins = submission._stand_ins
     if not stand_ins:
         yield submission
         return
     with ExitStack() as stack:
-        for name, theirs, ours in stand_ins:
+        for name, own, reference in stand_ins:
             for module in (submission.common, submission.one_stage_detector):
-                if getattr(module, name, None) is theirs:  # one may have imported it from the other
-                    stack.enter_context(mock.patch.object(module, name, ours))
+                if getattr(module, name, None) is own:  # one may have imported it from the other
+                    stack.enter_context(mock.patch.object(module, name, reference))
         yield submission._completed
 
 
@@ -158,8 +179,8 @@ def _try_head(network: type[nn.Module]) -> object:
 
 _BOX = torch.tensor([[10.0, 10, 40, 40, 2]])
 _LOCATION = torch.tensor([[20.0, 20]])
-# The smallest use of what other parts of the detector call.
-_TRIALS: dict[tuple[str, str], Callable[[Any], object]] = {
+# The smallest call of each function and class that other parts of the detector use.
+_SMALLEST_CALLS: dict[tuple[str, str], Callable[[Any], object]] = {
     ("common", "DetectorBackboneWithFPN"): lambda cls: evaluating(cls(8))(
         torch.zeros(1, 3, 64, 64)
     ),
@@ -180,10 +201,11 @@ _TRIALS: dict[tuple[str, str], Callable[[Any], object]] = {
 }
 
 
-def _is_unwritten(function: Any, trial: Callable[[Any], object]) -> bool:
+def _is_unwritten(function: Any, call: Callable[[Any], object]) -> bool:
+    """Whether the smallest call returns None, or containers of nothing but None."""
     try:
         with isolated(), torch.no_grad():
-            return _holds_nothing(trial(function))
+            return _holds_nothing(call(function))
     except NotImplementedError:
         return True
     except (Exception, SystemExit):
@@ -199,13 +221,13 @@ def _holds_nothing(value: object) -> bool:
 
 
 def training(model: nn.Module) -> nn.Module:
-    """The same module in training mode; its own ``train`` need not return it."""
+    """Put a module in training mode and return it, which its own ``train`` may not do."""
     model.train()
     return model
 
 
 def evaluating(model: nn.Module) -> nn.Module:
-    """The same module in evaluation mode."""
+    """Put a module in evaluation mode and return it."""
     model.eval()
     return model
 
@@ -213,12 +235,15 @@ def evaluating(model: nn.Module) -> nn.Module:
 def build(network: type[nn.Module], **settings: object) -> nn.Module:
     """Construct a network, always with the same random weights.
 
-    Where its constructor takes ``weights``, no pretrained ones are looked for.
+    If its constructor takes ``weights``, it is told not to load pretrained ones.
+
+    Raises:
+        CheckFailure: what was constructed is not a module.
     """
     if "weights" in inspect.signature(network).parameters:
         settings["weights"] = None
     with isolated():
         model = network(**settings)
     if not isinstance(model, nn.Module):
-        raise Wrong(f"{network.__name__} is not a torch.nn.Module")
+        raise CheckFailure(f"{network.__name__} is not a torch.nn.Module")
     return model

@@ -1,4 +1,4 @@
-"""`fcos grade`: options, formats, exit status; the attacks are in test_grade_hostile.py."""
+"""``fcos grade``: options, formats, exit status; attacks are in tests/grading/sandbox."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eecs598.grading import CheckResult, ProbeResult, labels_of, loading
+from eecs598.grading import CheckResult, ProbeResult, labels_of, source
 from eecs598.grading.reports import Report, format_table, format_text, to_dict, to_gradescope
 from eecs598.grading.rubric import load_rubric
 from eecs598.grading.sandbox import runner
@@ -181,14 +181,14 @@ def test_what_can_not_be_read_costs_nothing_else(monkeypatch, rubric, submission
     for name in ("notes.py", "large.py"):
         (folder / name).write_text("import gc\n")
     os.mkfifo(folder / "pipe.py")
-    read = loading._read
+    read = source._read
 
     def refuse(path: Path) -> str:
         if path.name == "notes.py":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return read(path)
 
-    monkeypatch.setattr(loading, "_read", refuse)
+    monkeypatch.setattr(source, "_read", refuse)
     options = Options(checks=("deltas",), findings=False)
     (graded,) = grade_folders([folder], REPOSITORY, options)
     assert [result.failed for result in graded.results] == [[]]

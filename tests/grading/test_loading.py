@@ -1,4 +1,4 @@
-"""Submissions as they come: whatever is wrong with the files, what can be judged is loaded."""
+"""Loading of broken and incomplete submissions: every part that can be used is loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torchvision
 import common
 import eecs598.utils
 from eecs598.grading import run_checks
-from eecs598.grading.loading import PARTS, load_submission, unload
-from eecs598.grading.submission import PUBLIC_NAMES
+from eecs598.grading.loading import load_submission, unload
+from eecs598.grading.submission import PARTS, PUBLIC_NAMES
 
 OURS = Path(common.__file__).parent
 
@@ -125,7 +125,7 @@ def test_what_a_star_import_of_ours_brings_is_ours(load):
 
 
 def test_ours_use_ours(load):
-    # Our detector needs functions of common.py that the assignment knows nothing of.
+    # The reference detector needs functions of common.py that are not in the assignment.
     loaded = load({"common.py": "def nms(): pass", "a4_helper.py": "1 / 0"})
     assert set(files_replaced(loaded)) == {"one_stage_detector", "a4_helper"}
     assert loaded.submission.one_stage_detector.check_images is not None
@@ -367,7 +367,7 @@ def test_what_fails_at_import_does_not_stop_the_rest(load, statement, error):
     module = loaded.submission.one_stage_detector
     assert module.before() == 1 and module.after() == 2
     assert notes_with(loaded, "one_stage_detector.py, line 4", error)
-    # What was handed out is whole or ours.
+    # The handed out module is replaced as a whole.
     assert files_replaced(loaded) == {"a4_helper": "theirs can't be imported"}
 
 
@@ -380,7 +380,7 @@ def test_the_place_of_an_error_is_in_the_sentence(load):
 
 
 # --------------------------------------------------------------------------------------------
-# What there is not
+# Packages, weights and GPUs that are missing here
 # --------------------------------------------------------------------------------------------
 
 
@@ -514,7 +514,7 @@ def test_dropped_names_are_back_for_whoever_uses_them(load):
 
 
 # --------------------------------------------------------------------------------------------
-# No traces
+# Undoing changes
 # --------------------------------------------------------------------------------------------
 
 
@@ -544,7 +544,7 @@ def test_importing_leaves_no_traces(load, tmp_path, capsys, recwarn):
 
 
 def test_a_zip_of_this_repository(tmp_path):
-    # As a student packs it: with the folder, and with what is not asked for.
+    # As students pack it: in a folder, and with more files than necessary.
     archive = tmp_path / "A4.zip"
     with zipfile.ZipFile(archive, "w") as pack:
         for path in (*(OURS / f"{part}.py" for part in PARTS), *(OURS / "eecs598").rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Points: this repository gets all of them, other submissions what they deserve."""
+"""Points of this repository (all of them), of another solution and of parts of it; the rubric."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import a4_helper
 import common
 import one_stage_detector
 from eecs598.grading import CHECKS, CheckResult, ProbeResult, Submission, labels_of, run_checks
-from eecs598.grading.checks.review import find
+from eecs598.grading.checks.review import review_findings
 from eecs598.grading.loading import load_submission, unload
 from eecs598.grading.rubric import DEFAULT_PATH, load_rubric
 
@@ -309,13 +309,13 @@ class FCOS(nn.Module):
 
 
 def blank(source: str) -> str:
-    """The solution with nothing where something is to be written."""
+    """Return the solution without the parts that students write."""
     return re.sub(r"( *)# BEGIN BLANK.*?# END BLANK", r"\1pass", source, flags=re.DOTALL)
 
 
 @pytest.fixture
 def submit(tmp_path):
-    """Returns a function that loads the two files of a student."""
+    """Return a function that loads the two files of a student."""
 
     def write_and_load(common_source: str, detector_source: str):
         (tmp_path / "common.py").write_text(common_source)
@@ -327,7 +327,7 @@ def submit(tmp_path):
 
 
 def points(grade) -> dict[str, float]:
-    """What is missing to full points."""
+    """Return the lost points of each item that lost some."""
     return {
         item.name: round(item.max_score - item.score, 2)
         for item in grade.items
@@ -353,7 +353,7 @@ def test_another_solution_loses_what_it_rounds(submit, tmp_path):
     # IoUs compared in float32, and NaN for boxes without area.
     assert points(grade) == {"nms": 1.0}, [item.failures for item in grade.items]
     assert any("absent_cv is not installed" in note for note in loaded.notes)
-    found = find(loaded.submission, tmp_path)
+    found = review_findings(loaded.submission, tmp_path)
     for words in ("different orders", "statistics of", ".item() in the training step"):
         assert sum(words in sentence for sentence in found) == 1, found
     assert len(found) == 3, found
@@ -365,7 +365,7 @@ def test_what_the_handout_brings_along_gets_nothing(submit):
     grade = rubric.grade(run_checks(loaded.submission, rubric.checks))
     assert grade.total == 0, [(item.name, item.score) for item in grade.items]
     assert all(item.failures for item in grade.items if item.max_score > 0)
-    # One reason is one line, however many questions it answers.
+    # One reason is one line, for however many probes.
     assert all(len(item.failures) <= 8 for item in grade.items)
 
 
@@ -378,7 +378,7 @@ def test_a_function_that_is_not_written_costs_its_own_points(submit):
     grade = load_rubric().grade(run_checks(loaded.submission, checks))
     scores = {item.name: item.score for item in grade.items}
     assert scores["losses"] == 17 and scores["inference"] == 11
-    # One of the last's five questions is about its precision.
+    # One of the five probes of sizes_and_dtypes tests its precision.
     assert scores["centerness"] == 0 and scores["sizes_and_dtypes"] == 4
 
 
@@ -403,7 +403,7 @@ def test_the_points_make_a_hundred_and_handed_out_work_makes_none():
     assert sum(item.points for item in rubric.items) == 100
     for item in rubric.items:
         assert item.points == 0 or sum(item.probes.values()) > 0
-    # Not in the table: what is no work of students, and what is a finding.
+    # Not in the table: code that students do not write, and a review finding.
     unlisted = {"hello", "location_order", "dataset", "train_detector", "evaluation_export"}
     assert set(rubric.checks) == set(CHECKS) - unlisted
 

@@ -1,1 +1,1 @@
-"""The assignment's checks, a file for each part of it."""
+"""The checks, one file per part of the assignment."""

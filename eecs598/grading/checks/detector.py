@@ -1,371 +1,115 @@
-"""Checks of the whole detector: losses, learning, detections, sizes and dtypes.
+"""Checks of the whole detector: detections, other sizes and data types.
 
-To know what must come out, most of them plant predictions: ``pred_net`` is replaced by a module
-that returns given tensors, and ``backbone`` by one that takes no time. The location of each
-planted value is looked up in the submission's own coordinates, so neither their order nor their
-values matter here.
+So that the right detections are known, the network is replaced by a stub with given predictions,
+see ``eecs598.grading.checks.stubs``. The location of each prediction is looked up among the
+submission's own coordinates, so their order and values do not affect these checks.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from eecs598.grading.answers import plain
-from eecs598.grading.checks import reference
+from eecs598.grading.answers import to_plain_data
 from eecs598.grading.checks.locations import find_cell
-from eecs598.grading.checks.network import with_random_weights
 from eecs598.grading.checks.reference import STRIDES
-from eecs598.grading.checks.stubs import Predictions, locations_of, plant
-from eecs598.grading.result import CheckResult, expect, expect_close, once, show
+from eecs598.grading.checks.stubs import Predictions, locations_of, stub_detector
+from eecs598.grading.result import CheckFailure, CheckResult, expect, expect_close, once, show
 from eecs598.grading.submission import NUM_CLASSES, Submission, build, evaluating, training
 
 __all__ = [
-    "APART",
-    "LossScene",
-    "SEVERAL",
+    "THREE_APART",
     "check_inference",
-    "check_losses",
     "check_sizes_and_dtypes",
-    "check_training",
-    "make_scene",
+    "make_inference_case",
 ]
 
-LOSSES = ("loss_cls", "loss_box", "loss_ctr")
 
+class GivenPrediction(NamedTuple):
+    """A confident prediction at one location, from which one detection must follow.
 
-# --------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------
-
-
-class LossScene(NamedTuple):
-    """A batch, and what is predicted for it."""
-
-    words: str
-    images: Tensor  # (B, 3, H, W)
-    gt_boxes: Tensor  # (B, M, 5)
-    everywhere: list[list[float]] | None = None  # rows of the predictions; random unless given
-
-    def predictions(self, locations: Mapping[str, Tensor]) -> Predictions:
-        generator = torch.Generator().manual_seed(0)
-        shapes = {level: (len(self.images), len(points)) for level, points in locations.items()}
-        if self.everywhere is None:
-            return [
-                {level: torch.randn(*s, c, generator=generator) for level, s in shapes.items()}
-                for c in (NUM_CLASSES, 4, 1)
-            ]
-        return [
-            {level: torch.tensor(row).repeat(*s, 1) for level, s in shapes.items()}
-            for row in self.everywhere
-        ]
-
-
-# The smallest one, to be followed by hand: its box holds the location (12, 12) of p3 and no other
-# one that its size belongs to.
-ONE_LOCATION = LossScene(
-    "an image of 64 x 64, the box [9, 10, 18, 17] of class 2, which the location [12, 12] of p3 "
-    "matches; predicted everywhere: class logits [0.5, 0, -0.5], deltas [1, 2, 3, 4], centerness "
-    "logit 0.5",
-    torch.zeros(1, 3, 64, 64),
-    torch.tensor([[[9.0, 10, 18, 17, 2]]]),
-    [[0.5, 0.0, -0.5], [1.0, 2.0, 3.0, 4.0], [0.5]],
-)
-# Fractions, so that no location lies on the side of a box or at the end of a level's range.
-SEVERAL = LossScene(
-    "2 images of 64 x 192 with 3 boxes and 1 box, random predictions",
-    torch.zeros(2, 3, 64, 192),
-    torch.tensor(
-        [
-            [[10.3, 8.7, 45.2, 37.9, 0], [14.6, 11.1, 33.4, 30.3, 2], [2.1, 3.3, 94.6, 60.2, 1]],
-            [[1.7, 2.4, 188.9, 61.3, 2], [-1] * 5, [-1] * 5],
-        ]
-    ),
-)
-
-
-class _LossSteps(NamedTuple):
-    """Training steps on planted predictions."""
-
-    got: list[dict[str, Tensor]]  # of each step
-    expected: list[dict[str, float]]
-    foreground: float  # locations per image
-
-    def divisor_factor(self) -> float | None:
-        """What at least two of the losses are off by, which then is the divisor's; or None."""
-        got, expected = self.got[0], self.expected[0]
-        ratios = sorted(float(got[name]) / expected[name] for name in LOSSES if name in got)
-        agreeing = [a for a, b in pairwise(ratios) if a > 0 and math.isclose(a, b, rel_tol=1e-4)]
-        return agreeing[0] if agreeing else None
-
-
-def check_losses(submission: Submission) -> CheckResult:
-    """``FCOS`` in training mode: each loss against its formula, background, divisor."""
-    result = CheckResult("losses")
-    steps = once(lambda: _run_planted_losses(submission, SEVERAL, num_steps=2))
-    small_step = once(lambda: _run_planted_losses(submission, ONE_LOCATION, num_steps=1))
-
-    with result.probe("a dict of three finite scalars"):
-        losses = steps().got[0]
-        expect(
-            sorted(losses) == sorted(LOSSES),
-            f"expected the keys {list(LOSSES)}, got {show(list(losses))}",
-        )
-        for name, loss in losses.items():
-            expect(
-                isinstance(loss, Tensor) and loss.numel() == 1 and bool(loss.isfinite()),
-                f"{name}: expected a finite scalar, got {show(loss)}",
-            )
-
-    for name, formula in (
-        ("loss_cls", "sum of the focal loss (alpha 0.25, gamma 2) over all locations and classes"),
-        ("loss_box", "sum of 0.25 * L1 of the deltas over foreground locations"),
-        ("loss_ctr", "sum of the binary cross entropy over foreground locations"),
-    ):
-        with result.probe(f"{name} follows its formula"):
-            for scene, run in ((ONE_LOCATION, small_step()), (SEVERAL, steps())):
-                # A wrong divisor, common to the losses, is the matter of the next probe.
-                factor = run.divisor_factor() or 1.0
-                expect(name in run.got[0], f"expected it among the losses, got {list(run.got[0])}")
-                expected, got = run.expected[0][name] * factor, float(run.got[0][name])
-                divisor = len(scene.images) * (0.9 * 150 + 0.1 * run.foreground) / factor
-                expect(
-                    math.isclose(got, expected, rel_tol=1e-4),
-                    f"{scene.words}: expected {expected:.6g} = {expected * divisor:.6g} / "
-                    f"{divisor:.6g}, the {formula}, divided by images and moving average, got "
-                    f"{got:.6g}, {got / expected:.6g} times as much",
-                )
-
-    with result.probe("divided by images and the moving average of foreground"):
-        factor = steps().divisor_factor()
-        got = "losses off by different factors"
-        if factor is not None:
-            got = f"losses {factor:.4g} times as large"
-        expect(
-            factor is not None and abs(factor - 1) < 1e-4,
-            f"first batch, 2 images with {steps().foreground:g} foreground locations per image: "
-            f"expected the sums divided by {_divisor(steps().foreground, 2)}, got {got}",
-        )
-
-    with result.probe("the moving average moves on"):
-        first, second = (float(losses["loss_cls"]) for losses in steps().got)
-        before, after = (losses["loss_cls"] for losses in steps().expected)
-        expect(first > 0, f"the same batch once more: expected loss_cls above 0, got {first:g}")
-        expect(
-            math.isclose(second / first, after / before, rel_tol=1e-4),
-            "the same batch once more: expected average = 0.9 * average + 0.1 * foreground "
-            f"locations per image, and so losses {after / before:.4g} times those before, got "
-            f"{second / first:.4g} times",
-        )
-
-    with result.probe("no box and centerness loss from background"):
-        padding = SEVERAL._replace(gt_boxes=torch.full((2, 3, 5), -1.0))
-        run = _run_planted_losses(submission, padding, num_steps=1)
-        for name in ("loss_box", "loss_ctr"):
-            got = float(run.got[0][name])
-            expect(got == 0, f"images without boxes: expected {name} 0, got {show(got)}")
-
-    with result.probe("one image without boxes among others"):
-        mixed = SEVERAL.gt_boxes.clone()
-        mixed[1] = -1
-        run = _run_planted_losses(submission, SEVERAL._replace(gt_boxes=mixed), num_steps=1)
-        for name in LOSSES:
-            got = float(run.got[0][name])
-            expect(
-                math.isfinite(got) and got > 0,
-                f"second image of two without boxes: expected a finite {name} above 0, got "
-                f"{show(got)}",
-            )
-
-    with result.probe("input unchanged"):
-        locations = locations_of(submission, SEVERAL.images)
-        detector = training(plant(submission, SEVERAL.predictions(locations)))
-        images, gt_boxes = torch.randn_like(SEVERAL.images), SEVERAL.gt_boxes.clone()
-        before = images.clone()
-        detector(images, gt_boxes)
-        expect_close("images after a training step", images, before)
-        expect_close("gt_boxes after a training step", gt_boxes, SEVERAL.gt_boxes)
-    return result
-
-
-def _divisor(foreground: float, num_images: int) -> str:
-    return f"{num_images} * (0.9 * 150 + 0.1 * {foreground:g})"
-
-
-def _run_planted_losses(submission: Submission, scene: LossScene, num_steps: int) -> _LossSteps:
-    locations = locations_of(submission, scene.images)
-    predictions = scene.predictions(locations)
-    sums, foreground = reference.sums_of_losses(locations, predictions, scene.gt_boxes)
-    detector = training(plant(submission, predictions))
-
-    got, expected, average = [], [], reference.FIRST_AVERAGE
-    for _ in range(num_steps):
-        losses = plain(detector(scene.images.clone(), scene.gt_boxes.clone()))
-        expect(isinstance(losses, dict), f"expected a dict of losses, got {show(losses)}")
-        got.append(losses)
-        average = 0.9 * average + 0.1 * foreground
-        expected.append({name: s / (len(scene.images) * average) for name, s in sums.items()})
-    return _LossSteps(got, expected, foreground)
-
-
-class _Overfitted(NamedTuple):
-    """A few steps of training on one batch."""
-
-    trained: dict[str, float]  # losses after the steps
-    untrained: dict[str, float]  # those of the weights before
-    gradients: dict[str, Tensor | None]  # of the first step, by the name of the parameter
-
-
-def check_training(submission: Submission) -> CheckResult:
-    """A few optimizer steps on one small batch must reduce the losses."""
-    result = CheckResult("training")
-    num_steps = 24
-
-    @once
-    def overfitted() -> _Overfitted:
-        images = torch.randn(2, 3, 64, 96)
-        gt_boxes = torch.tensor(
-            [
-                [[6.0, 8, 44, 40, 0], [40, 20, 90, 60, 1]],
-                [[10.0, 4, 80, 60, 2], [-1] * 5],
-            ]
-        )
-        detector = training(submission.detector())
-        # The head's initial weights of 0.01 would take a hundred steps to grow.
-        with_random_weights(detector.pred_net.stem_cls)
-        with_random_weights(detector.pred_net.stem_box)
-        before = [parameter.detach().clone() for parameter in detector.parameters()]
-        gradients = {}
-        optimizer = torch.optim.Adam(detector.parameters(), lr=1.5e-3)
-        for step in range(num_steps):
-            optimizer.zero_grad()
-            sum(plain(detector(images, gt_boxes)).values()).backward()
-            if step == 0:
-                gradients = {
-                    name: None if parameter.grad is None else plain(parameter.grad).clone()
-                    for name, parameter in detector.named_parameters()
-                }
-            optimizer.step()
-        # The divisor falls from 150 to the foreground of this batch, so even a detector that
-        # learns shows rising losses. So the weights of before are judged now, too, and first: the
-        # later of two calls has the lower divisor.
-        after = [parameter.detach().clone() for parameter in detector.parameters()]
-        untrained, trained = (
-            _losses_with(detector, weights, images, gt_boxes) for weights in (before, after)
-        )
-        return _Overfitted(trained, untrained, gradients)
-
-    def expect_fall(got: float, untrained: float, what: str) -> None:
-        steps = f"{num_steps} steps of Adam on one batch of 2 images"
-        expect(got >= 0, f"{steps}: expected {what} not to be negative, got {got:.4g}")
-        expect(
-            got < 0.95 * untrained,
-            f"{steps}: expected {what} to fall below 95 % of the untrained {untrained:.4g}, got "
-            f"{got:.4g}",
-        )
-
-    with result.probe("the sum of the losses falls on one batch"):
-        run = overfitted()
-        expect_fall(sum(run.trained.values()), sum(run.untrained.values()), "the sum of the losses")
-
-    for name in ("loss_cls", "loss_box"):  # the entropy of its targets bounds loss_ctr from below
-        with result.probe(f"{name} falls on one batch"):
-            run = overfitted()
-            expect_fall(run.trained[name], run.untrained[name], name)
-
-    with result.probe("gradients reach pyramid, head and backbone"):
-        backbone_has_some = False
-        for name, gradient in overfitted().gradients.items():
-            reached = gradient is not None and bool(gradient.isfinite().all())
-            if "fpn_params" in name or name.startswith("pred_net"):
-                got = "none" if gradient is None else "NaN or infinity"
-                expect(
-                    reached, f"one training step: expected a finite gradient of {name}, got {got}"
-                )
-            else:  # layers may be frozen, or left over from the classification network
-                backbone_has_some |= reached
-        expect(
-            backbone_has_some,
-            "one step: expected gradients of the backbone, got none",
-        )
-    return result
-
-
-@torch.no_grad()
-def _losses_with(
-    detector: nn.Module, weights: Sequence[Tensor], images: Tensor, gt_boxes: Tensor
-) -> dict[str, float]:
-    for parameter, values in zip(detector.parameters(), weights, strict=True):
-        parameter.copy_(values)
-    return {name: float(loss) for name, loss in plain(detector(images, gt_boxes)).items()}
-
-
-# --------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------
-
-
-class _Planted(NamedTuple):
-    """One confident prediction, and with it the detection that must come out."""
+    Attributes:
+        level: of the pyramid.
+        cell: row and column of the location in the level's feature map.
+        label: class id.
+        logits: class logit of the label, and centerness logit.
+        deltas: left, top, right, bottom in strides.
+    """
 
     level: str
-    cell: tuple[int, int]  # row, column
+    cell: tuple[int, int]
     label: int
-    logits: tuple[float, float]  # of the label and of centerness
+    logits: tuple[float, float]
     deltas: tuple[float, float, float, float]
 
     @property
     def score(self) -> float:
+        """Score of the detection."""
         class_probability, centerness = (1 / (1 + math.exp(-z)) for z in self.logits)
         return math.sqrt(class_probability * centerness)
 
 
-# Apart from each other, one a level; scores 0.85, 0.53 and 0.38.
-APART = (
-    _Planted("p3", (1, 2), 0, (1.5, 2.0), (0.5, 0.75, 1.0, 1.25)),
-    _Planted("p4", (2, 4), 2, (0.5, -0.2), (0.5, 0.25, 0.5, 0.25)),
-    _Planted("p5", (1, 0), 1, (0.2, -1.0), (0.25, 0.125, 0.5, 0.25)),
+# Far from each other, one per level; scores 0.85, 0.53 and 0.38.
+THREE_APART = (
+    GivenPrediction("p3", (1, 2), 0, (1.5, 2.0), (0.5, 0.75, 1.0, 1.25)),
+    GivenPrediction("p4", (2, 4), 2, (0.5, -0.2), (0.5, 0.25, 0.5, 0.25)),
+    GivenPrediction("p5", (1, 0), 1, (0.2, -1.0), (0.25, 0.125, 0.5, 0.25)),
 )
 
-# Below what these score even where a submission computes the score in another way, so that a
-# wrong score is nobody else's matter.
-LOW = 0.05
+# A threshold below these scores, even if a submission computes scores in another way, so that only
+# the probe of the score fails then.
+LOW_SCORE = 0.05
 
 
-class _Scene(NamedTuple):
-    """An image in which a detector sees what was planted and nothing else."""
+class _InferenceCase(NamedTuple):
+    """A detector that makes given predictions and no others for an image.
+
+    Attributes:
+        detector: the submission's, with stubs for backbone and head.
+        images: ``(1, 3, H, W)``.
+        locations: the submission's, ``(N, 2)`` per level.
+        predictions: class logits, deltas and centerness logits per level.
+        boxes: ``(K, 4)``, those of the given predictions.
+    """
 
     detector: nn.Module
-    images: Tensor  # (1, 3, H, W)
+    images: Tensor
     locations: dict[str, Tensor]
     predictions: Predictions
-    boxes: Tensor  # (K, 4), of what was planted
+    boxes: Tensor
 
     @torch.no_grad()
-    def detect(self, score_thresh: float = LOW, nms_thresh: float = 0.5) -> Sequence[Tensor]:
-        found = plain(
-            self.detector(self.images, test_score_thresh=score_thresh, test_nms_thresh=nms_thresh)
+    def detect(self, score_thresh: float = LOW_SCORE, nms_thresh: float = 0.5) -> Sequence[Tensor]:
+        """Return boxes, classes and scores of the detections."""
+        found = self.detector(
+            self.images, test_score_thresh=score_thresh, test_nms_thresh=nms_thresh
         )
-        _expect_three(found)
-        return found
+        return _three_results(to_plain_data(found))
 
 
-def _expect_three(found: object) -> None:
-    is_sequence = isinstance(found, (tuple, list))
-    got = f"{len(found)} values" if is_sequence else show(found)
-    expect(is_sequence and len(found) == 3, f"expected (boxes, classes, scores), got {got}")
+def _three_results(found: object) -> Sequence[Tensor]:
+    """Return what a detector returned if it is a sequence of three values."""
+    if not isinstance(found, (tuple, list)) or len(found) != 3:
+        got = f"{len(found)} values" if isinstance(found, (tuple, list)) else show(found)
+        raise CheckFailure(f"expected (boxes, classes, scores), got {got}")
+    return found
 
 
-def make_scene(
-    submission: Submission, planted: Sequence[_Planted], size: tuple[int, int] = (96, 96)
-) -> _Scene:
+def make_inference_case(
+    submission: Submission, given: Sequence[GivenPrediction], size: tuple[int, int] = (96, 96)
+) -> _InferenceCase:
+    """Make a detector with given predictions.
+
+    Args:
+        submission: its functions list the locations.
+        given: the predictions; all others are background.
+        size: height and width of the image.
+    """
     images = torch.zeros(1, 3, *size)
     locations = locations_of(submission, images)
     predictions = [
@@ -373,7 +117,7 @@ def make_scene(
         for c, value in ((NUM_CLASSES, -15.0), (4, 0.5), (1, -15.0))
     ]
     boxes = []
-    for level, cell, label, (class_logit, center_logit), deltas in planted:
+    for level, cell, label, (class_logit, center_logit), deltas in given:
         n = find_cell(locations[level], *cell)
         predictions[0][level][0, n] = class_logit - 2.0  # the other classes are less likely
         predictions[0][level][0, n, label] = class_logit
@@ -382,8 +126,8 @@ def make_scene(
         x, y = locations[level][n].tolist()
         left, top, right, bottom = (STRIDES[level] * delta for delta in deltas)
         boxes.append([x - left, y - top, x + right, y + bottom])
-    return _Scene(
-        evaluating(plant(submission, predictions)),
+    return _InferenceCase(
+        evaluating(stub_detector(submission, predictions)),
         images,
         locations,
         predictions,
@@ -392,22 +136,22 @@ def make_scene(
 
 
 def check_inference(submission: Submission) -> CheckResult:
-    """``FCOS`` in evaluation mode on planted predictions whose detections are known."""
+    """Check ``FCOS`` in evaluation mode on given predictions, whose detections are known."""
     result = CheckResult("inference")
 
     def three_detections() -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, classes and scores of what is planted apart, by decreasing score."""
-        boxes, classes, scores = make_scene(submission, APART).detect()
+        """Return boxes, classes and scores for ``THREE_APART``, by decreasing score."""
+        boxes, classes, scores = make_inference_case(submission, THREE_APART).detect()
         expect(
-            len(boxes) == len(classes) == len(scores) == len(APART),
-            f"3 planted predictions far apart, score threshold {LOW}: expected 3 detections, got "
-            f"those with scores {show(scores)}",
+            len(boxes) == len(classes) == len(scores) == len(THREE_APART),
+            f"3 given predictions far apart, score threshold {LOW_SCORE}: expected 3 detections, "
+            f"got those with scores {show(scores)}",
         )
         order = scores.argsort(descending=True)
         return boxes[order], classes[order], scores[order]
 
     with result.probe("three tensors of matching shapes"):
-        found = make_scene(submission, APART).detect()
+        found = make_inference_case(submission, THREE_APART).detect()
         got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
         expect(
             got == [(3, 4), (3,), (3,)],
@@ -416,41 +160,47 @@ def check_inference(submission: Submission) -> CheckResult:
 
     with result.probe("score is sqrt(class probability * centerness)"):
         _, _, scores = three_detections()
-        for planted, score in zip(APART, scores.tolist(), strict=True):
+        for given, score in zip(THREE_APART, scores.tolist(), strict=True):
             expect(
-                math.isclose(score, planted.score, rel_tol=1e-4),
-                f"class logit {planted.logits[0]:g}, centerness logit {planted.logits[1]:g}: "
-                f"expected score {planted.score:.6g}, got {score:.6g}",
+                math.isclose(score, given.score, rel_tol=1e-4),
+                f"class logit {given.logits[0]:g}, centerness logit {given.logits[1]:g}: "
+                f"expected score {given.score:.6g}, got {score:.6g}",
             )
 
     with result.probe("the most probable class"):
         _, classes, _ = three_detections()
-        expect_close("three detections: classes", classes, [planted.label for planted in APART])
+        expect_close(
+            "three detections: classes",
+            classes,
+            [given.label for given in THREE_APART],
+        )
 
     with result.probe("boxes of each level in pixels"):
         boxes, _, _ = three_detections()
-        expected = make_scene(submission, APART).boxes
-        for planted, got_box, box in zip(APART, boxes, expected, strict=True):
-            what = f"deltas {show(planted.deltas)} at row, column {planted.cell} of {planted.level}"
+        expected = make_inference_case(submission, THREE_APART).boxes
+        for given, got_box, box in zip(THREE_APART, boxes, expected, strict=True):
+            what = f"deltas {show(given.deltas)} at row, column {given.cell} of {given.level}"
             expect_close(what, got_box, box, 1e-3)
 
     with result.probe("nothing below the score threshold"):
-        _expect_found(submission, APART, [0, 1], score_thresh=0.5)
-        _expect_found(submission, APART, [0], score_thresh=0.8)
+        _expect_found(submission, THREE_APART, [0, 1], score_thresh=0.5)
+        _expect_found(submission, THREE_APART, [0], score_thresh=0.8)
 
     with result.probe("no detections"):
-        lengths = [len(x) for x in make_scene(submission, APART).detect(score_thresh=0.99)]
+        lengths = [
+            len(x) for x in make_inference_case(submission, THREE_APART).detect(score_thresh=0.99)
+        ]
         expect(lengths == [0, 0, 0], f"threshold 0.99: expected no detections, got {lengths}")
 
     with result.probe("boxes clipped to the image"):
-        huge = _Planted("p4", (1, 2), 1, (2.0, 2.0), (9.0, 9.0, 9.0, 9.0))
-        boxes, _, _ = make_scene(submission, [huge], size=(64, 96)).detect()
+        huge = GivenPrediction("p4", (1, 2), 1, (2.0, 2.0), (9.0, 9.0, 9.0, 9.0))
+        boxes, _, _ = make_inference_case(submission, [huge], size=(64, 96)).detect()
         what = "a box that surrounds an image of height 64 and width 96"
         expect_close(what, boxes, [[0.0, 0, 96, 64]])
 
-    # The same box from two neighbouring locations of p3, 8 pixels apart.
-    first = _Planted("p3", (3, 4), 1, (2.0, 2.0), (1.5, 1.5, 1.5, 1.5))
-    second = _Planted("p3", (3, 5), 1, (1.0, 1.0), (2.5, 1.5, 0.5, 1.5))
+    # The same box from two neighboring locations of p3, 8 pixels apart.
+    first = GivenPrediction("p3", (3, 4), 1, (2.0, 2.0), (1.5, 1.5, 1.5, 1.5))
+    second = GivenPrediction("p3", (3, 5), 1, (1.0, 1.0), (2.5, 1.5, 0.5, 1.5))
 
     with result.probe("NMS within a class"):
         _expect_found(submission, [first, second], [0])
@@ -464,43 +214,45 @@ def check_inference(submission: Submission) -> CheckResult:
         _expect_found(submission, [first, shifted], [0, 1], nms_thresh=0.55)
 
     with result.probe("input unchanged"):
-        # Huge and negative deltas, because clipping is what is easily done in place.
-        beyond = _Planted("p3", (5, 9), 1, (1.0, 1.0), (20.0, -1.0, 20.0, -1.0))
-        _expect_unchanged(make_scene(submission, [*APART, beyond]))
+        # Huge and negative deltas, because clipping is often done in place.
+        beyond = GivenPrediction("p3", (5, 9), 1, (1.0, 1.0), (20.0, -1.0, 20.0, -1.0))
+        _expect_unchanged(make_inference_case(submission, [*THREE_APART, beyond]))
     return result
 
 
 def _expect_found(
     submission: Submission,
-    planted: Sequence[_Planted],
+    given: Sequence[GivenPrediction],
     kept: Sequence[int],
-    score_thresh: float = LOW,
+    score_thresh: float = LOW_SCORE,
     nms_thresh: float = 0.5,
 ) -> None:
-    """Expect one detection for each of those that should be kept, and no other."""
-    scene = make_scene(submission, planted)
-    _, classes, scores = scene.detect(score_thresh, nms_thresh)
-    expected = sorted(planted[index].label for index in kept)
+    """Expect one detection for each given prediction with an index in ``kept``, and no other."""
+    case = make_inference_case(submission, given)
+    _, classes, scores = case.detect(score_thresh, nms_thresh)
+    expected = sorted(given[index].label for index in kept)
     got = sorted(int(label) for label in classes.tolist())
     expect(
         got == expected,
-        f"predicted: boxes {show(scene.boxes)} of classes {[p.label for p in planted]} with scores "
-        f"{[round(p.score, 2) for p in planted]}, score threshold {score_thresh}, NMS threshold "
+        f"predicted: boxes {show(case.boxes)} of classes {[p.label for p in given]} with scores "
+        f"{[round(p.score, 2) for p in given]}, score threshold {score_thresh}, NMS threshold "
         f"{nms_thresh}: expected detections of the classes {expected}, got {len(got)} of the "
         f"classes {got[:6]} with scores {show(scores[:6])}",
     )
 
 
 @torch.no_grad()
-def _expect_unchanged(scene: _Scene) -> None:
-    inputs = [scene.locations, *scene.predictions]
-    before = copy.deepcopy([scene.images, *inputs])
-    scene.detect()
-    if hasattr(scene.detector, "inference"):
-        scene.detector.inference(scene.images, *inputs, test_score_thresh=LOW, test_nms_thresh=0.5)
-    expect_close("images after inference", scene.images, before[0])
+def _expect_unchanged(case: _InferenceCase) -> None:
+    """Expect detection, and the handout's method ``inference``, to change none of its inputs."""
+    inputs = [case.locations, *case.predictions]
+    images_before, inputs_before = case.images.clone(), copy.deepcopy(inputs)
+    case.detect()
+    inference = getattr(case.detector, "inference", None)
+    if inference is not None:
+        inference(case.images, *inputs, test_score_thresh=LOW_SCORE, test_nms_thresh=0.5)
+    expect_close("images after inference", case.images, images_before)
     names = ("locations", "class logits", "deltas", "centerness logits")
-    for name, now, then in zip(names, inputs, before[1:], strict=True):
+    for name, now, then in zip(names, inputs, inputs_before, strict=True):
         for level in STRIDES:
             expect_close(f"{name} of {level} after inference", now[level], then[level])
 
@@ -511,22 +263,19 @@ def _expect_unchanged(scene: _Scene) -> None:
 
 
 def check_sizes_and_dtypes(submission: Submission) -> CheckResult:
-    """Nothing may depend on 224 pixels, 16 images, 20 classes or float32."""
+    """Check that nothing depends on 224 pixels, 16 images, 20 classes or float32."""
     result = CheckResult("sizes_and_dtypes")
 
     def run(detector: nn.Module, images: Tensor) -> None:
         gt_boxes = torch.tensor([[[4.0, 6, 40, 50, 0], [-1] * 5]]).repeat(len(images), 1, 1)
         what = f"images {tuple(images.shape)} of {images.dtype}"
-        losses = plain(training(detector)(images, gt_boxes.to(images.dtype)))
+        losses = to_plain_data(training(detector)(images, gt_boxes.to(images.dtype)))
         loss = sum(losses.values())
         loss.backward()
         expect(bool(loss.isfinite()), f"{what}: expected a finite loss, got {show(loss.detach())}")
         with torch.no_grad():
-            found = plain(
-                evaluating(detector)(images[:1], test_score_thresh=0.0, test_nms_thresh=0.5)
-            )
-        _expect_three(found)
-        boxes, classes, scores = found
+            found = evaluating(detector)(images[:1], test_score_thresh=0.0, test_nms_thresh=0.5)
+        boxes, classes, scores = _three_results(to_plain_data(found))
         expect(
             len(boxes) == len(classes) == len(scores) > 0,
             f"{what}, score threshold 0: expected detections, got {len(boxes)} boxes and "
@@ -565,8 +314,8 @@ def check_sizes_and_dtypes(submission: Submission) -> CheckResult:
     return result
 
 
-def _expect_double_precision(osd: ModuleType) -> None:
-    """Targets and boxes must tell apart what float32 can't; what they are is no matter here."""
+def _expect_double_precision(osd: Any) -> None:
+    """Expect targets and boxes to differ for inputs that differ in float64, but not in float32."""
     step = 2**-30
     location = torch.tensor([[12.0, 20.0]], dtype=torch.float64)
     boxes = [

@@ -1,19 +1,21 @@
-"""Checks of the locations: their coordinates, and their order beside that of the predictions."""
+"""Checks of the locations: their coordinates, and whether predictions have the same order."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eecs598.grad import rel_error
-from eecs598.grading.answers import plain
+from eecs598.grading.answers import to_plain_data
 from eecs598.grading.checks.network import convolutions
 from eecs598.grading.checks.reference import STRIDES
-from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
+from eecs598.grading.result import CheckFailure, CheckResult, expect, expect_close, once, show
 from eecs598.grading.submission import Submission, build, evaluating
 
 __all__ = [
-    "ADVICE",
+    "ORDER_ADVICE",
     "check_location_coords",
     "check_location_order",
     "expect_local_gradients",
@@ -21,15 +23,15 @@ __all__ = [
     "find_cell",
 ]
 
-ADVICE = "Flatten the head's maps in the order of get_fpn_location_coords"
+ORDER_ADVICE = "Flatten the head's maps in the order of get_fpn_location_coords"
 
 
 def check_location_coords(submission: Submission) -> CheckResult:
-    """``get_fpn_location_coords``: the assignment's cell, maps that are not square, dtype."""
+    """Check ``get_fpn_location_coords``: the assignment's cell, non-square maps, data types."""
     result = CheckResult("location_coords")
 
     def coords(level: str, height: int, width: int, **options: object) -> Tensor:
-        # All levels, whichever is looked at: the names of the three may be written into the code.
+        # Always all three levels, because a submission may refer to them by name.
         shapes = {name: (2, 64, height, width) for name in STRIDES}
         return submission.common.get_fpn_location_coords(shapes, STRIDES, **options)[level]
 
@@ -49,15 +51,15 @@ def check_location_coords(submission: Submission) -> CheckResult:
     with result.probe("x spans the width, y the height"):
         for level, height, width in (("p3", 2, 3), ("p4", 5, 2), ("p5", 1, 4)):
             stride = STRIDES[level]
-            got = {tuple(row) for row in coords(level, height, width).tolist()}
-            expected = {
+            points = {tuple(row) for row in coords(level, height, width).tolist()}
+            centers = {
                 (stride * (j + 0.5), stride * (i + 0.5))
                 for i in range(height)
                 for j in range(width)
             }
-            missing, extra = sorted(expected - got), sorted(got - expected)
+            missing, extra = sorted(centers - points), sorted(points - centers)
             expect(
-                got == expected,
+                points == centers,
                 f"{level}, H={height}, W={width}, stride {stride}: expected location "
                 f"{show(missing[0] if missing else None)}, which is missing, got "
                 f"{show(extra[0] if extra else None)}, which does not exist",
@@ -73,18 +75,18 @@ def check_location_coords(submission: Submission) -> CheckResult:
 
     with result.probe("dtype"):
         for dtype in (torch.float32, torch.float64):
-            got = coords("p3", 3, 5, dtype=dtype, device="cpu").dtype
-            expect(got == dtype, f"dtype={dtype}: expected that dtype, got {got}")
-        got = coords("p3", 3, 5).dtype
-        expect(got == torch.float32, f"no dtype given: expected torch.float32, got {got}")
+            kind = coords("p3", 3, 5, dtype=dtype, device="cpu").dtype
+            expect(kind == dtype, f"dtype={dtype}: expected that dtype, got {kind}")
+        kind = coords("p3", 3, 5).dtype
+        expect(kind == torch.float32, f"no dtype given: expected torch.float32, got {kind}")
     return result
 
 
 def _cells(locations: Tensor) -> Tensor:
-    """Row and column ``(N, 2)`` of each location, from the rank of its coordinates.
+    """Return row and column ``(N, 2)`` of each location, from the rank of its coordinates.
 
-    By rank, so that the order of locations is judged alone: coordinates that are off by half a
-    stride still name the right cell.
+    The rank is used so that only the order is tested: coordinates that are off by half a stride
+    still give the right cell.
     """
     columns = locations[:, 0].unique(return_inverse=True)[1]
     rows = locations[:, 1].unique(return_inverse=True)[1]
@@ -92,10 +94,19 @@ def _cells(locations: Tensor) -> Tensor:
 
 
 def find_cell(locations: Tensor, row: int, column: int) -> int:
-    """Index of the location of a cell."""
+    """Return the index of the location of a cell.
+
+    Args:
+        locations: ``(N, 2)``, of one level.
+        row: of the feature map.
+        column: of the feature map.
+
+    Raises:
+        CheckFailure: no location, or more than one, belongs to that cell.
+    """
     found = (_cells(locations) == torch.tensor([row, column])).all(dim=1).nonzero()
     if len(found) != 1:
-        raise Wrong(
+        raise CheckFailure(
             f"get_fpn_location_coords: expected one location at row {row}, column {column} of a "
             f"map, got {len(found)}"
         )
@@ -103,11 +114,11 @@ def find_cell(locations: Tensor, row: int, column: int) -> int:
 
 
 def check_location_order(submission: Submission) -> CheckResult:
-    """Prediction n and location n must mean the same place, in whatever order.
+    """Check that prediction n belongs to location n; the order itself is free.
 
-    The head flattens its maps and ``get_fpn_location_coords`` lists the locations. Where one goes
-    row by row and the other column by column, each location is paired with the prediction of
-    another place. Such a detector trains, and ends at half of the accuracy.
+    The head flattens its maps and ``get_fpn_location_coords`` lists the locations. If one goes row
+    by row and the other column by column, each location is paired with the prediction of another
+    place. Such a detector trains, and reaches about half of the accuracy.
     """
     result = CheckResult("location_order")
 
@@ -124,7 +135,11 @@ def check_location_order(submission: Submission) -> CheckResult:
 
 @torch.no_grad()
 def expect_responses_in_place(submission: Submission, height: int, width: int) -> None:
-    """A feature at one cell must show in the prediction that belongs to the cell's location."""
+    """Expect a feature at one cell to change the prediction that belongs to the cell's location.
+
+    Raises:
+        CheckFailure: another prediction changes most.
+    """
     model = build(
         submission.one_stage_detector.FCOSPredictionNetwork,
         num_classes=2,
@@ -133,15 +148,15 @@ def expect_responses_in_place(submission: Submission, height: int, width: int) -
     )
     evaluating(model)
     for conv in convolutions(model):
-        # Nothing but the centre of each kernel, so that a cell does not reach its neighbours.
+        # Only the center of each kernel, so that a cell does not affect its neighbors.
         middle = conv.kernel_size[0] // 2
         conv.weight.zero_()
         conv.weight[:, :, middle, middle] = 1.0
     shapes = {level: (1, 1, height, width) for level in STRIDES}
     locations = submission.common.get_fpn_location_coords(shapes, STRIDES)["p3"]
-    feats = torch.eye(height * width).view(-1, 1, height, width)  # one cell an image
+    feats = torch.eye(height * width).view(-1, 1, height, width)  # one cell per image
     silent, responses = (
-        plain(model({level: maps for level in STRIDES}))
+        to_plain_data(model({level: maps for level in STRIDES}))
         for maps in (torch.zeros_like(feats), feats)
     )
     for name, before, after in zip(
@@ -155,19 +170,22 @@ def expect_responses_in_place(submission: Submission, height: int, width: int) -
                 got == expected,
                 f"feature at row {row}, column {column} (H={height}, W={width}): expected its "
                 f"{name} at index {expected}, that of its location {show(locations[expected])}, "
-                f"got index {got}. {ADVICE}",
+                f"got index {got}. {ORDER_ADVICE}",
             )
 
 
-def expect_local_gradients(
-    submission: Submission, detector: nn.Module, height: int, width: int
-) -> None:
-    """What in the image a prediction looks at must lie around its location."""
+def expect_local_gradients(submission: Submission, detector: Any, height: int, width: int) -> None:
+    """Expect the image gradient of a prediction to lie around its location, on every level.
+
+    Raises:
+        CheckFailure: it is nearer to the location that the other order would give.
+    """
     images = torch.randn(1, 3, height, width, requires_grad=True)
-    feats = plain(detector.backbone(images))
-    predictions = plain(detector.pred_net(feats))
+    feats = to_plain_data(detector.backbone(images))
+    predictions = to_plain_data(detector.pred_net(feats))
     all_locations = submission.common.get_fpn_location_coords(
-        {level: feat.shape for level, feat in feats.items()}, plain(detector.backbone.fpn_strides)
+        {level: feat.shape for level, feat in feats.items()},
+        to_plain_data(detector.backbone.fpn_strides),
     )
     for level, locations in all_locations.items():
         elsewhere = _in_the_other_order(locations)
@@ -181,13 +199,13 @@ def expect_local_gradients(
         expect(
             bool(near < far),
             f"{level}, prediction {n}: expected it to depend on the image around its location "
-            f"{show(locations[n])}, got a gradient centred at ({x:.0f}, {y:.0f}), nearer to "
-            f"{show(elsewhere[n])}. {ADVICE}",
+            f"{show(locations[n])}, got a gradient centered at ({x:.0f}, {y:.0f}), nearer to "
+            f"{show(elsewhere[n])}. {ORDER_ADVICE}",
         )
 
 
 def _center(gradient: Tensor) -> tuple[float, float]:
-    """Centre (x, y) of an image gradient (3, H, W), weighted with its squared magnitude."""
+    """Return the center (x, y) of an image gradient (3, H, W), weighted by its square."""
     weights = gradient.double().square().sum(dim=0)
     expect(bool(weights.sum() > 0), "expected an image gradient, got 0 everywhere")
     weights /= weights.sum()
@@ -198,7 +216,7 @@ def _center(gradient: Tensor) -> tuple[float, float]:
 
 
 def _in_the_other_order(locations: Tensor) -> Tensor:
-    """Where each location (N, 2) would lie if columns and rows were traversed the other way."""
+    """Return the locations (N, 2) in the other order: row by row, or column by column."""
     rows, columns = _cells(locations).unbind(dim=1)
     num_rows, num_columns = int(rows.max()) + 1, int(columns.max()) + 1
     by_columns = locations[(columns * num_rows + rows).argsort()]

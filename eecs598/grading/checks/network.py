@@ -1,4 +1,4 @@
-"""Checks of the network's parts: backbone with feature pyramid, and head."""
+"""Checks of the network: greetings of the modules, backbone with feature pyramid, and head."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import math
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from eecs598.grading.answers import plain
+from eecs598.grading.answers import to_plain_data
 from eecs598.grading.checks.reference import STRIDES
-from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
+from eecs598.grading.result import CheckFailure, CheckResult, expect, expect_close, once, show
 from eecs598.grading.submission import Submission, build, evaluating
 
 __all__ = [
@@ -28,8 +29,11 @@ __all__ = [
 ]
 
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
 def check_hello(submission: Submission) -> CheckResult:
-    """The three functions that greet the notebook."""
+    """Check the three functions that print a greeting."""
     result = CheckResult("hello")
     for function, line, module in (
         ("hello_common", "Hello from common.py!", submission.common),
@@ -50,12 +54,12 @@ def check_hello(submission: Submission) -> CheckResult:
 
 
 def check_backbone(submission: Submission) -> CheckResult:
-    """``DetectorBackboneWithFPN``: its layers, shapes and top-down pathway, and its building."""
+    """Check ``DetectorBackboneWithFPN``: layers, shapes, top-down pathway, construction."""
     result = CheckResult("backbone")
     channels = 24
     built = once(lambda: build_backbone(submission, channels))
 
-    def backbone() -> nn.Module:
+    def backbone() -> Any:
         return built()[0]
 
     @torch.no_grad()
@@ -63,24 +67,24 @@ def check_backbone(submission: Submission) -> CheckResult:
         images, stages = torch.randn(1, 3, height, width), {}
 
         def note(_module: nn.Module, _inputs: object, output: dict[str, Tensor]) -> None:
-            stages.update(plain(output))
+            stages.update(to_plain_data(output))
 
         handle = backbone().backbone.register_forward_hook(note)
         try:
-            levels = plain(backbone()(images))
+            levels = to_plain_data(backbone()(images))
         finally:
             handle.remove()
-        return stages or plain(backbone().backbone(images)), levels
+        return stages or to_plain_data(backbone().backbone(images)), levels
 
     with result.probe("fpn_strides and out_channels"):
-        strides = dict(plain(backbone().fpn_strides))
+        strides = dict(to_plain_data(backbone().fpn_strides))
         expect(strides == STRIDES, f"fpn_strides: expected {STRIDES}, got {strides}")
-        got = plain(backbone().out_channels)
+        got = to_plain_data(backbone().out_channels)
         expect(got == channels, f"out_channels=24: expected the attribute to be 24, got {got}")
 
     with result.probe("fpn_params has three 1x1 and three 3x3 convolutions"):
         layers = convolutions(backbone().fpn_params)
-        sizes = plain([(conv.kernel_size, conv.out_channels) for conv in layers])
+        sizes = to_plain_data([(conv.kernel_size, conv.out_channels) for conv in layers])
         for side, role in ((1, "lateral"), (3, "output")):
             number = sizes.count(((side, side), channels))
             expect(
@@ -121,7 +125,12 @@ def check_backbone(submission: Submission) -> CheckResult:
 
 
 def build_backbone(submission: Submission, out_channels: int) -> tuple[nn.Module, int]:
-    """A backbone in evaluation mode, and how often a batch norm ran in training mode meanwhile."""
+    """Build a backbone.
+
+    Returns:
+        The backbone in evaluation mode, and how often a batch norm ran in training mode while it
+        was built.
+    """
     disturbed = []
 
     def note_training(module: nn.Module, _inputs: object, _output: object) -> None:
@@ -137,7 +146,7 @@ def build_backbone(submission: Submission, out_channels: int) -> tuple[nn.Module
 
 
 def convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """All two-dimensional convolutions inside a module, in its own order."""
+    """Return all two-dimensional convolutions of a module, in its own order."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
 
 
@@ -145,15 +154,19 @@ def convolutions(module: nn.Module) -> list[nn.Conv2d]:
 def _expect_top_down(
     fpn_params: nn.Module, stages: Mapping[str, Tensor], levels: Mapping[str, Tensor]
 ) -> None:
+    """Expect levels p3 to p5 to follow from stages c3 to c5 as in the FPN paper, figure 3.
+
+    Source: Feature Pyramid Networks (arXiv 1612.03144), section 3.
+    """
     layers = convolutions(fpn_params)
-    outputs = [conv for conv in layers if plain(conv.kernel_size) == (3, 3)]
+    outputs = [conv for conv in layers if to_plain_data(conv.kernel_size) == (3, 3)]
     merged: Tensor | None = None
-    for stage, above in (("c5", None), ("c4", "p5"), ("c3", "p4")):
+    for stage, above in (("c5", ""), ("c4", "p5"), ("c3", "p4")):
         feats, level = stages[stage], levels[f"p{stage[1]}"]
         laterals = [
             conv
             for conv in layers
-            if plain((conv.kernel_size, conv.in_channels)) == ((1, 1), feats.shape[1])
+            if to_plain_data((conv.kernel_size, conv.in_channels)) == ((1, 1), feats.shape[1])
         ]
         expect(
             len(laterals) == 1,
@@ -165,11 +178,11 @@ def _expect_top_down(
             return F.interpolate(maps, size=like.shape[-2:], mode=mode)
 
         def is_output_of(maps: Tensor, level: Tensor = level) -> bool:
-            # Names are free, so the level may come from any of the 3x3 convolutions.
-            got = [plain(conv(maps)) for conv in outputs]
+            # The names of layers are not fixed: it may be any of the 3x3 convolutions.
+            got = [to_plain_data(conv(maps)) for conv in outputs]
             return any(torch.allclose(one, level, rtol=1e-3, atol=1e-4) for one in got)
 
-        lateral = plain(laterals[0](feats))
+        lateral = to_plain_data(laterals[0](feats))
         wrong = {f"conv3x3(conv1x1({stage})), nothing from above": lateral}
         rule = f"conv3x3(conv1x1({stage}))"
         if merged is None:
@@ -189,11 +202,11 @@ def _expect_top_down(
 
 
 def check_head(submission: Submission) -> CheckResult:
-    """``FCOSPredictionNetwork``: its layers, their initial values, shapes and data flow."""
+    """Check ``FCOSPredictionNetwork``: layers, initial values, output shapes and data flow."""
     result = CheckResult("head")
 
     @cache
-    def head(num_classes: int, in_channels: int, stem: tuple[int, ...]) -> nn.Module:
+    def head(num_classes: int, in_channels: int, stem: tuple[int, ...]) -> Any:
         return build(
             submission.one_stage_detector.FCOSPredictionNetwork,
             num_classes=num_classes,
@@ -219,15 +232,15 @@ def check_head(submission: Submission) -> CheckResult:
                 ("pred_ctr", [(stem[-1], 1)]),
             ):
                 layers = convolutions(getattr(model, name))
-                got = plain([(conv.in_channels, conv.out_channels) for conv in layers])
+                got = to_plain_data([(conv.in_channels, conv.out_channels) for conv in layers])
                 what = f"{name} with {describe(*setting)}"
                 expect(got == sizes, f"{what}: expected channels {sizes}, got {got}")
-                kernels = {plain(conv.kernel_size) for conv in layers}
+                kernels = {to_plain_data(conv.kernel_size) for conv in layers}
                 expect(kernels == {(3, 3)}, f"{what}: expected 3x3 kernels, got {kernels}")
 
     with result.probe("weights drawn from N(0, 0.01)"):
         for name, conv in _named_convolutions(head(*settings[0])):
-            weight = plain(conv.weight)
+            weight = to_plain_data(conv.weight)
             mean, std = weight.mean().item(), weight.std().item()
             # Six standard errors of the smallest layer, which has 576 weights.
             expect(
@@ -239,7 +252,7 @@ def check_head(submission: Submission) -> CheckResult:
     with result.probe("biases 0"):
         for name, conv in _named_convolutions(head(*settings[0])):
             if not name.startswith("pred_cls"):
-                bias = plain(conv.bias)
+                bias = to_plain_data(conv.bias)
                 largest = "no bias" if bias is None else bias.abs().max().item()
                 expect(largest == 0, f"{name}.bias: expected 0, got up to {show(largest)}")
 
@@ -255,7 +268,7 @@ def check_head(submission: Submission) -> CheckResult:
                 "p4": torch.randn(3, in_channels, 3, 2),
                 "p5": torch.randn(3, in_channels, 2, 1),
             }
-            predictions = plain(head(*setting)(feats))
+            predictions = to_plain_data(head(*setting)(feats))
             for name, values, channels in zip(
                 ("class logits", "deltas", "centerness logits"),
                 predictions,
@@ -273,12 +286,12 @@ def check_head(submission: Submission) -> CheckResult:
 
     with result.probe("ReLU after each stem convolution"):
         model = with_random_weights(head(*settings[2]))
-        feats = torch.randn(1, 32, 5, 4)
+        maps = torch.randn(1, 32, 5, 4)
         for name in ("stem_cls", "stem_box"):
             stem = getattr(model, name)
             number = len(convolutions(stem))
             expect(number == 3, f"stem_channels=[48, 40, 32]: expected 3 in {name}, got {number}")
-            got, expected = plain(stem(feats)), _run_stem(stem, feats)
+            got, expected = to_plain_data(stem(maps)), _run_stem(stem, maps)
             expect(
                 got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3),
                 f"{name} of a random feature map: expected 3x3 convolutions with padding 1, each "
@@ -287,36 +300,40 @@ def check_head(submission: Submission) -> CheckResult:
 
     with result.probe("centerness comes from the box stem"):
         model = with_random_weights(head(*settings[2]))
-        feats = torch.randn(1, 32, 5, 4)
-        predictions = plain(model({level: feats for level in STRIDES}))
-        for name, stem, values in (
+        maps = torch.randn(1, 32, 5, 4)
+        predictions = to_plain_data(model({level: maps for level in STRIDES}))
+        for name, stem_name, values in (
             ("pred_cls", "stem_cls", predictions[0]["p3"]),
             ("pred_box", "stem_box", predictions[1]["p3"]),
             ("pred_ctr", "stem_box", predictions[2]["p3"]),
         ):
-            maps = plain(getattr(model, name)(getattr(model, stem)(feats)))  # (1, C, H, W)
-            # Sorted over the locations, because their order is the matter of another check.
-            expected = maps.flatten(2).transpose(1, 2).sort(dim=1).values
+            outputs = getattr(model, name)(getattr(model, stem_name)(maps))  # (1, C, H, W)
+            expected = _sorted_over_locations(to_plain_data(outputs))
             got = values.sort(dim=1).values
             if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
                 continue
-            other = "stem_box" if stem == "stem_cls" else "stem_cls"
-            maps = plain(getattr(model, name)(getattr(model, other)(feats)))
-            swapped = maps.flatten(2).transpose(1, 2).sort(dim=1).values
+            other = "stem_box" if stem_name == "stem_cls" else "stem_cls"
+            outputs = getattr(model, name)(getattr(model, other)(maps))
+            swapped = _sorted_over_locations(to_plain_data(outputs))
             same = got.shape == swapped.shape and torch.allclose(got, swapped, rtol=1e-3, atol=1e-3)
-            raise Wrong(
-                f"expected the outputs of {name}({stem}(features)), got "
+            raise CheckFailure(
+                f"expected the outputs of {name}({stem_name}(features)), got "
                 f"{f'those of {name}({other}(features))' if same else 'other values'}"
             )
 
     with result.probe("shared by all levels"):
         model = with_random_weights(head(*settings[1]))
-        feats = torch.randn(1, 16, 3, 5)
-        for values in plain(model({"p3": feats, "p4": feats, "p5": feats})):
+        maps = torch.randn(1, 16, 3, 5)
+        for values in to_plain_data(model({level: maps for level in STRIDES})):
             for level in ("p4", "p5"):
                 what = f"the same features as p3 and as {level}: predictions of {level}"
                 expect_close(what, values[level], values["p3"].detach(), 1e-5)
     return result
+
+
+def _sorted_over_locations(maps: Tensor) -> Tensor:
+    """Return maps ``(1, C, H, W)`` as ``(1, H * W, C)``, sorted: another check tests the order."""
+    return maps.flatten(2).transpose(1, 2).sort(dim=1).values
 
 
 def _named_convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
@@ -326,8 +343,8 @@ def _named_convolutions(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
 
 
 @torch.no_grad()
-def with_random_weights(model: nn.Module) -> nn.Module:
-    """Give convolutions weights that let signals through, unlike a head's initial ones."""
+def with_random_weights(model: _Module) -> _Module:
+    """Give convolutions weights that keep the size of signals, unlike a head's initial ones."""
     for conv in convolutions(model):
         nn.init.kaiming_normal_(conv.weight)
         if conv.bias is not None:
@@ -337,5 +354,7 @@ def with_random_weights(model: nn.Module) -> nn.Module:
 
 def _run_stem(stem: nn.Module, feats: Tensor) -> Tensor:
     for conv in convolutions(stem):
-        feats = F.conv2d(feats, plain(conv.weight), plain(conv.bias), padding=1).relu()
+        feats = F.conv2d(
+            feats, to_plain_data(conv.weight), to_plain_data(conv.bias), padding=1
+        ).relu()
     return feats

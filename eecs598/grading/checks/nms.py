@@ -1,4 +1,4 @@
-"""Checks of non-maximum suppression."""
+"""Checks of non-maximum suppression, over all boxes and within classes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.ops import nms as torchvision_nms
 
-from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, once, show
+from eecs598.grading.result import CheckFailure, CheckResult, expect, expect_close, once, show
 from eecs598.grading.submission import Submission
 
 __all__ = ["cell_boxes", "check_class_spec_nms", "check_nms"]
 
 MAX_SHOWN = 4  # boxes in a sentence
-MAX_SEARCH_SECONDS = 2.0  # for them, out of the time of the check
+MAX_SEARCH_SECONDS = 2.0  # for a small example; it counts to the time of the check
 
 
 def check_nms(submission: Submission) -> CheckResult:
-    """``nms``: the assignment's 5,000 boxes, then ties, duplicates, touching and empty boxes."""
+    """Check ``nms``: the assignment's 5,000 boxes, ties, duplicates, touching and empty boxes."""
     result = CheckResult("nms")
 
     for threshold in (0.3, 0.5, 0.7):
         outcome = once(partial(_on_cell_boxes, submission, threshold))
-        fewer = once(partial(_fewer, submission, threshold))
+        fewer = once(partial(_smaller_example, submission, threshold))
 
         with result.probe(f"5,000 boxes at {threshold}, difference to torchvision below 1 %"):
             expected, got = outcome()
             difference = 1 - len(set(expected) & set(got)) / len(expected)
             if difference >= 0.01 or abs(len(got) - len(expected)) >= 0.01 * len(expected):
-                raise Wrong(
+                raise CheckFailure(
                     f"expected below 1 % difference, got {difference:.2%} ({len(got)} boxes kept, "
                     f"torchvision keeps {len(expected)}){fewer()}"
                 )
@@ -44,7 +44,9 @@ def check_nms(submission: Submission) -> CheckResult:
             if got != expected:
                 pairs = enumerate(zip_longest(expected, got))
                 n, (one, other) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
-                raise Wrong(f"kept box number {n}: expected index {one}, got {other}{fewer()}")
+                raise CheckFailure(
+                    f"kept box number {n}: expected index {one}, got {other}{fewer()}"
+                )
 
     with result.probe("by decreasing score"):
         boxes = torch.tensor([[0.0, 0, 10, 10], [50, 0, 60, 10], [1, 0, 11, 10], [0, 50, 10, 60]])
@@ -99,13 +101,16 @@ def check_nms(submission: Submission) -> CheckResult:
 
 
 def _indices(got: object) -> list[int]:
+    """Return indices as a list; what is not a tensor fails the probe."""
     if not isinstance(got, Tensor):
-        raise Wrong(f"expected a tensor of indices, got the {type(got).__name__} {show(got)}")
+        raise CheckFailure(
+            f"expected a tensor of indices, got the {type(got).__name__} {show(got)}"
+        )
     return got.tolist()
 
 
 def cell_boxes() -> tuple[Tensor, Tensor]:
-    """The boxes and scores of the assignment's cell after reset_seed(0)."""
+    """Return the boxes (5000, 4) and scores (5000,) of the assignment's cell."""
     generator = torch.Generator().manual_seed(0)
     boxes = (100.0 * torch.rand(5000, 4, generator=generator)).round()
     boxes[:, 2] = boxes[:, 2] + boxes[:, 0] + 1.0
@@ -114,14 +119,14 @@ def cell_boxes() -> tuple[Tensor, Tensor]:
 
 
 def _on_cell_boxes(submission: Submission, threshold: float) -> tuple[list[int], list[int]]:
-    """What torchvision keeps, and what the submission keeps."""
+    """Return the indices that torchvision keeps and those that the submission keeps."""
     boxes, scores = cell_boxes()
     expected = torchvision_nms(boxes, scores, threshold).tolist()
     return expected, _indices(submission.common.nms(boxes, scores, threshold))
 
 
-def _fewer(submission: Submission, threshold: float) -> str:
-    """A few of the 5,000 boxes on which a submission goes wrong, too."""
+def _smaller_example(submission: Submission, threshold: float) -> str:
+    """Describe a few of the 5,000 boxes on which the submission is wrong; "" if not found."""
     boxes, scores = cell_boxes()
 
     def outcome(indices: Tensor) -> tuple[list[int], list[int]]:
@@ -129,11 +134,11 @@ def _fewer(submission: Submission, threshold: float) -> str:
         expected = torchvision_nms(*some, threshold).tolist()
         return expected, _indices(submission.common.nms(*some, threshold))
 
-    few = _shrink(lambda indices: operator.ne(*outcome(indices)), len(boxes))
+    few = _minimize(lambda indices: operator.ne(*outcome(indices)), len(boxes))
     if len(few) > MAX_SHOWN:
         return ""
     expected, got = outcome(few)
-    sentence = f". {_words(boxes[few], scores[few], threshold)}: expected {expected}, got {got}"
+    sentence = f". {_describe(boxes[few], scores[few], threshold)}: expected {expected}, got {got}"
     if len(few) == 2:
         iou = box_iou(boxes[few], boxes[few])[0, 1].item()
         near = abs(iou - threshold) < 1e-6
@@ -145,15 +150,17 @@ def _fewer(submission: Submission, threshold: float) -> str:
     return sentence
 
 
-def _shrink(differs: Callable[[Tensor], bool], number: int) -> Tensor:
-    """Leave out items as long as something still goes wrong (delta debugging, in short).
+def _minimize(differs: Callable[[Tensor], bool], number: int) -> Tensor:
+    """Leave out items as long as the results still differ (a short form of delta debugging).
+
+    Source: Zeller and Hildebrandt, Simplifying and Isolating Failure-Inducing Input, 2002.
 
     Args:
-        differs: whether it goes wrong with the items of some indices.
+        differs: whether the results differ for the items of some indices.
         number: of items.
 
     Returns:
-        Indices of few items with which it goes wrong.
+        The indices of few items for which they differ.
     """
     indices, size = torch.arange(number), number // 2
     end = time.monotonic() + MAX_SEARCH_SECONDS
@@ -171,7 +178,7 @@ def _shrink(differs: Callable[[Tensor], bool], number: int) -> Tensor:
     return indices
 
 
-def _words(boxes: Tensor, scores: Tensor, threshold: float) -> str:
+def _describe(boxes: Tensor, scores: Tensor, threshold: float) -> str:
     return f"Boxes {show(boxes)}, scores {show(scores)}, threshold {threshold}"
 
 
@@ -180,12 +187,12 @@ def _expect_kept(submission: Submission, boxes: Tensor, scores: Tensor, threshol
     expected = torchvision_nms(boxes, scores, threshold).tolist()
     expect(
         got == expected,
-        f"{_words(boxes, scores, threshold)}: expected {expected}, got {got}",
+        f"{_describe(boxes, scores, threshold)}: expected {expected}, got {got}",
     )
 
 
 def check_class_spec_nms(submission: Submission) -> CheckResult:
-    """``class_spec_nms`` against torchvision's NMS of each class, wherever the boxes lie."""
+    """Check ``class_spec_nms`` against torchvision's NMS of each class, for any coordinates."""
     result = CheckResult("class_spec_nms")
     generator = torch.Generator().manual_seed(0)
     corners = 100 * torch.rand(300, 2, generator=generator)
@@ -195,9 +202,9 @@ def check_class_spec_nms(submission: Submission) -> CheckResult:
     classes = torch.randint(6, (300,), generator=generator)
 
     with result.probe("classes do not suppress each other"):
-        pair = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [2, 0, 12, 10]])
+        three = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [2, 0, 12, 10]])
         _expect_kept_by_class(
-            submission, pair, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
+            submission, three, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
         )
 
     with result.probe("300 boxes of 6 classes"):
@@ -241,13 +248,13 @@ def _expect_kept_by_class(
     expected, got = outcome(torch.arange(len(boxes)))
     if expected == got:
         return
-    few = _shrink(lambda indices: operator.ne(*outcome(indices)), len(boxes))
+    few = _minimize(lambda indices: operator.ne(*outcome(indices)), len(boxes))
     expected, got = outcome(few)
     if len(few) <= MAX_SHOWN:
-        what = f"{_words(boxes[few], scores[few], threshold)}, classes {show(classes[few])}"
+        what = f"{_describe(boxes[few], scores[few], threshold)}, classes {show(classes[few])}"
     else:
         what = f"{len(few)} boxes, threshold {threshold}"
-    raise Wrong(f"{what}: expected {show(expected)}, got {show(got)}")
+    raise CheckFailure(f"{what}: expected {show(expected)}, got {show(got)}")
 
 
 def _kept_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> list[int]:

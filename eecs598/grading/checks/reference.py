@@ -1,8 +1,8 @@
-"""The model's definitions once more, slow and plain: one location at a time, in Python floats.
+"""The definitions of the model, computed slowly: one location at a time, in Python floats.
 
-What the checks compare with. Written from the formulas and for nothing but being easy to verify:
-FCOS (arXiv 1904.01355) equations 1 and 3 and section 3.2, focal loss (arXiv 1708.02002)
-equation 5, with the assignment's L1 loss and normaliser.
+The checks compare submissions with them. They follow the formulas so closely that they are easy to
+verify: FCOS (arXiv 1904.01355) equations 1 and 3 and section 3.2, focal loss (arXiv 1708.02002)
+equation 5, with the assignment's L1 loss and divisor.
 """
 
 from __future__ import annotations
@@ -15,16 +15,25 @@ from torch import Tensor
 __all__ = ["STRIDES", "best_box", "centerness", "ltrb", "sums_of_losses"]
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}
-FIRST_AVERAGE = 150.0  # what the moving average of foreground locations starts from
+FIRST_AVERAGE = 150.0  # initial moving average of foreground locations per image
 
 
 def ltrb(x: float, y: float, box: Sequence[float]) -> tuple[float, float, float, float]:
-    """Pixels from a location to the left, top, right and bottom side of a box."""
+    """Return the pixels from a location to the left, top, right and bottom side of a box."""
     return x - box[0], y - box[1], box[2] - x, box[3] - y
 
 
 def best_box(level: str, x: float, y: float, boxes: Sequence[Sequence[float]]) -> int | None:
-    """Index of the box (x1, y1, x2, y2, class id) that a location matches; None is background."""
+    """Return the index of the box that a location matches; None for background.
+
+    Source: FCOS, sections 3.1 and 3.2; the limits are those of the assignment.
+
+    Args:
+        level: of the location: "p3", "p4" or "p5".
+        x: of the location, in pixels.
+        y: of the location, in pixels.
+        boxes: rows of x1, y1, x2, y2, class id; a class id below 0 is padding.
+    """
     stride = STRIDES[level]
     lower = 0 if level == "p3" else 4 * stride
     upper = math.inf if level == "p5" else 8 * stride
@@ -43,7 +52,7 @@ def best_box(level: str, x: float, y: float, boxes: Sequence[Sequence[float]]) -
 
 
 def centerness(left: float, top: float, right: float, bottom: float) -> float:
-    """Centerness of a location inside its box."""
+    """Return the centerness of a location inside its box (FCOS, equation 3)."""
     nearer = min(left, right) * min(top, bottom)
     farther = max(left, right) * max(top, bottom)
     return math.sqrt(nearer / farther)
@@ -54,7 +63,7 @@ def sums_of_losses(
     predictions: Sequence[Mapping[str, Tensor]],
     gt_boxes: Tensor,
 ) -> tuple[dict[str, float], float]:
-    """The three losses summed over a batch, without normaliser.
+    """Return the three losses summed over a batch, without their divisor.
 
     Args:
         locations: per level ``(N, 2)``.
@@ -63,7 +72,7 @@ def sums_of_losses(
         gt_boxes: ``(B, M, 5)``.
 
     Returns:
-        The sums, and the number of foreground locations per image.
+        The sums by name of the loss, and the number of foreground locations per image.
     """
     sums = {"loss_cls": 0.0, "loss_box": 0.0, "loss_ctr": 0.0}
     foreground = 0

@@ -1,7 +1,7 @@
-"""What a reviewer would say about a submission, beyond right and wrong.
+"""Review findings: faults of a submission that cost no points.
 
-Most of it is found by behaviour: the code runs on small inputs and somebody watches. None of it
-costs points, and none of it is found twice.
+Most are found by running the code on small inputs and recording what it does. Each is reported
+once.
 """
 
 from __future__ import annotations
@@ -17,50 +17,53 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from itertools import chain, islice
 from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eecs598.grading.checks.a4_helper import EVALUATED, export_detections
-from eecs598.grading.checks.detector import APART, SEVERAL, LossScene, make_scene
+from eecs598.grading.checks.a4_helper import EVALUATION_IMAGES, export_detections
+from eecs598.grading.checks.detector import THREE_APART, make_inference_case
 from eecs598.grading.checks.locations import (
-    ADVICE,
+    ORDER_ADVICE,
     expect_local_gradients,
     expect_responses_in_place,
 )
+from eecs598.grading.checks.losses import SEVERAL_BOXES, LossCase
 from eecs598.grading.checks.network import build_backbone
 from eecs598.grading.checks.nms import cell_boxes
 from eecs598.grading.checks.reference import STRIDES
-from eecs598.grading.checks.stubs import locations_of, plant
-from eecs598.grading.loading import index_of, parse_file
-from eecs598.grading.result import Wrong, isolated, place_in, show
+from eecs598.grading.checks.stubs import locations_of, stub_detector
+from eecs598.grading.result import CheckFailure, isolated, place_in, show
+from eecs598.grading.source import index_modules, parse_file
 from eecs598.grading.submission import Submission, evaluating, training
 
-__all__ = ["find"]
+__all__ = ["review_findings"]
 
 SLOW_NMS_SECONDS = 2.0
 
 
-def find(submission: Submission, folder: str | os.PathLike) -> list[str]:
-    """Look at a submission as a reviewer would.
+def review_findings(submission: Submission, folder: str | os.PathLike) -> list[str]:
+    """List the review findings of a submission.
 
     Args:
-        submission: its modules. Nothing is said of those that are replaced.
-        folder: where its files lie.
+        submission: its modules. Those that are replaced have no findings.
+        folder: of its files.
 
     Returns:
-        Advice, a sentence or two each: the file, the function, what it does and why that matters.
-        What can't be found out, because the code fails, is left out.
+        Findings of one or two sentences: the file, the function, what it does and why that
+        matters. A review that fails because the submission's code raises adds nothing.
     """
     found: list[str] = []
-    submission = submission.answering
-    for part, look in _LOOKS:
+    submission = submission.plain_proxy
+    for part, review in _REVIEWS:
         if part in submission.replaced:
             continue
         with contextlib.suppress(Exception, SystemExit), isolated():
-            for sentence in look(submission):
+            for sentence in review(submission):
                 sentence = " ".join(sentence.split())
                 if sentence not in found:
                     found.append(sentence)
@@ -78,14 +81,14 @@ def _location_order(submission: Submission) -> Iterator[str]:
     try:
         expect_responses_in_place(submission, 3, 5)
         expect_local_gradients(submission, evaluating(submission.detector()), 64, 224)
-    except Wrong as wrong:
-        if ADVICE not in str(wrong):
-            return  # something else is wrong
+    except CheckFailure as failure:
+        if ORDER_ADVICE not in str(failure):
+            return  # another fault
         yield (
             "one_stage_detector.py, FCOSPredictionNetwork, and common.py, get_fpn_location_coords: "
             "predictions and locations are listed in different orders, so prediction n is trained "
             "and decoded at the mirror image of its place. The loss still falls, and mAP ends at "
-            f"about half. {wrong}."
+            f"about half. {failure}."
         )
 
 
@@ -105,7 +108,7 @@ def _evaluation(submission: Submission) -> Iterator[str]:
     if not any(files.values()):
         yield f"{function}: writes nothing to output_dir, so the scores are those of other files."
     else:
-        for name, _, truth, detections in EVALUATED:
+        for name, _, truth, detections in EVALUATION_IMAGES:
             if truth and not detections and name not in files["ground-truth"]:
                 yield (
                     f"{function}: writes no ground truth for an image without detections. Its "
@@ -121,16 +124,17 @@ def _evaluation(submission: Submission) -> Iterator[str]:
 
 
 def _builds_a_graph(submission: Submission) -> bool:
-    scene = make_scene(submission, APART)
-    for level_values in scene.detector.pred_net.predictions:
-        for values in level_values.values():
+    """Whether detections carry gradients, if the caller does not disable them."""
+    case = make_inference_case(submission, THREE_APART)
+    for predictions in case.predictions:
+        for values in predictions.values():
             values.requires_grad_()
-    found = scene.detector(scene.images, test_score_thresh=0.05, test_nms_thresh=0.5)
+    found = case.detector(case.images, test_score_thresh=0.05, test_nms_thresh=0.5)
     return any(values.requires_grad for values in found)
 
 
 # --------------------------------------------------------------------------------------------
-# Arguments that come back changed
+# Arguments that are changed in place
 # --------------------------------------------------------------------------------------------
 
 
@@ -165,23 +169,23 @@ def _changed_arguments_of_targets(submission: Submission) -> Iterator[str]:
 
 
 def _changed_predictions(submission: Submission) -> Iterator[str]:
-    # Negative deltas and such that reach over the edge: clipping is what is done in place.
-    beyond = APART[0]._replace(cell=(5, 9), deltas=(20.0, -1.0, 20.0, -1.0))
-    scene = make_scene(submission, [*APART, beyond])
-    before = copy.deepcopy([scene.images, *scene.predictions])
-    scene.detect()
+    # Negative deltas and deltas beyond the image, because clipping is often done in place.
+    beyond = THREE_APART[0]._replace(cell=(5, 9), deltas=(20.0, -1.0, 20.0, -1.0))
+    case = make_inference_case(submission, [*THREE_APART, beyond])
+    images_before, predictions_before = case.images.clone(), copy.deepcopy(case.predictions)
+    case.detect()
     where = "one_stage_detector.py, FCOS.inference"
-    yield from _difference(where, "images", before[0], scene.images)
+    yield from _difference(where, "images", images_before, case.images)
     names = ("class logits", "deltas", "centerness logits")
-    for name, then, now in zip(names, before[1:], scene.predictions, strict=True):
+    for name, then, now in zip(names, predictions_before, case.predictions, strict=True):
         changes = (_difference(where, f"the {name} of {p}", then[p], now[p]) for p in STRIDES)
-        yield from islice(chain.from_iterable(changes), 1)  # the levels are alike
+        yield from islice(chain.from_iterable(changes), 1)  # one level is enough
 
 
 def _changes(
     where: str, module: object, name: str, arguments: dict[str, Tensor], *more: object
 ) -> Iterator[str]:
-    """Call a function and say which of its tensors it changed."""
+    """Call a function, and report which of its tensors it changed."""
     copies = {key: value.clone() for key, value in arguments.items()}
     getattr(module, name)(*copies.values(), *more)
     for key, value in arguments.items():
@@ -189,12 +193,13 @@ def _changes(
 
 
 def _difference(where: str, name: str, before: Tensor, after: Tensor) -> Iterator[str]:
+    """Report a tensor that has changed, with its first changed row."""
     wrong = (before != after).nonzero()
     if len(wrong):
         row = tuple(wrong[0].tolist()[:-1]) if before.dim() > 1 else ...
         yield (
             f"{where}: changes its argument {name} in place, {show(before[row])} became "
-            f"{show(after[row])}. Whoever called it goes on with other values; work on a copy."
+            f"{show(after[row])}. The caller continues with other values; work on a copy."
         )
 
 
@@ -203,13 +208,17 @@ def _difference(where: str, name: str, before: Tensor, after: Tensor) -> Iterato
 # --------------------------------------------------------------------------------------------
 
 
-class _PretendedGpu(TorchFunctionMode):
-    """Tensors say they are on a GPU; notes what would make the program wait for it.
+class _SimulatedGpu(TorchFunctionMode):
+    """A mode in which tensors report that they are on a GPU; records what would wait for the GPU.
 
-    So the code takes the way that it takes on a GPU, and there is no need of one.
+    So the code takes the same branches as on a GPU, without needing one.
+
+    Attributes:
+        reads: place in the submission -> the first operation there that waits.
+        calls: number of calls to PyTorch.
     """
 
-    READS = {
+    WAITING: ClassVar[dict[Any, str]] = {
         torch.Tensor.item: ".item()",
         torch.Tensor.tolist: ".tolist()",
         torch.Tensor.cpu: ".cpu()",
@@ -221,17 +230,18 @@ class _PretendedGpu(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads: dict[str, str] = {}  # place -> what is done there
+        self.reads: dict[str, str] = {}
         self.calls = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         if func == torch.Tensor.device.__get__:
             return torch.device("cuda")
-        if func == torch.Tensor.is_cuda.__get__:
+        # The stubs declare a bool, but on the class it is a descriptor.
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
         kwargs = kwargs or {}
-        read = self.READS.get(func)
+        read = self.WAITING.get(func)
         if func is torch.Tensor.to and any(
             str(value) == "cpu" for value in (*args[1:], *kwargs.values()) if _is_device(value)
         ):
@@ -250,8 +260,8 @@ def _is_device(value: object) -> bool:
 
 
 def _caller() -> str | None:
-    """Place in the submission from which the running function was called, if from there."""
-    frame = sys._getframe(2)
+    """Return the place in the submission that called the running PyTorch function, if any."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if place := place_in(frame, frame.f_lineno):
             return place
@@ -266,20 +276,20 @@ def _is_library(path: str) -> bool:
 
 
 def _training_step(submission: Submission) -> Iterator[str]:
-    small = LossScene("", torch.zeros(2, 3, 64, 64), SEVERAL.gt_boxes)
+    small = LossCase("", torch.zeros(2, 3, 64, 64), SEVERAL_BOXES.gt_boxes)
     calls, reads = [], {}
-    for scene in (small, SEVERAL):
-        predictions = scene.predictions(locations_of(submission, scene.images))
-        detector = training(plant(submission, predictions))
-        images, gt_boxes = torch.randn_like(scene.images), scene.gt_boxes.clone()
+    for case in (small, SEVERAL_BOXES):
+        predictions = case.predictions(locations_of(submission, case.images))
+        detector = training(stub_detector(submission, predictions))
+        images, gt_boxes = torch.randn_like(case.images), case.gt_boxes.clone()
         before = images.clone()
-        with _PretendedGpu() as watched:
+        with _SimulatedGpu() as watched:
             detector(images, gt_boxes)
         calls.append(watched.calls)
         reads.update(watched.reads)
     where = "one_stage_detector.py, FCOS.forward"
     yield from _difference(where, "images", before, images)
-    yield from _difference(where, "gt_boxes", SEVERAL.gt_boxes, gt_boxes)
+    yield from _difference(where, "gt_boxes", SEVERAL_BOXES.gt_boxes, gt_boxes)
     for place, read in sorted(reads.items())[:3]:
         yield (
             f"{place}: {read} in the training step. On a GPU the program waits there until all "
@@ -294,14 +304,19 @@ def _training_step(submission: Submission) -> Iterator[str]:
         )
 
 
-class _Listener(io.StringIO):
-    """Notes from where in the submission something is printed."""
+class _PrintRecorder(io.StringIO):
+    """A stream that records where in the submission something is printed.
+
+    Attributes:
+        places: place -> the first text printed there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: dict[str, str] = {}  # place -> what was printed first
+        self.places: dict[str, str] = {}
 
     def write(self, text: str) -> int:
+        """Record the place, and drop the text."""
         frame = sys._getframe(1)
         place = place_in(frame, frame.f_lineno)
         if place and text.strip():
@@ -312,15 +327,15 @@ class _Listener(io.StringIO):
 def _prints(submission: Submission) -> Iterator[str]:
     detector = submission.detector()
     images = torch.randn(2, 3, 64, 192)
-    listener = _Listener()
-    with redirect_stdout(listener), contextlib.suppress(Exception):
-        training(detector)(images, SEVERAL.gt_boxes.clone())
+    recorder = _PrintRecorder()
+    with redirect_stdout(recorder), contextlib.suppress(Exception):
+        training(detector)(images, SEVERAL_BOXES.gt_boxes.clone())
         with torch.no_grad():
             evaluating(detector)(images[:1], test_score_thresh=0.05, test_nms_thresh=0.5)
-    for place, text in sorted(listener.places.items())[:3]:
+    for place, text in sorted(recorder.places.items())[:3]:
         yield (
             f"{place}: prints {text[:40]!r} in every forward pass, thousands of times in a "
-            "training. Remove it, or log now and then in the training loop."
+            "training run. Remove it, or log now and then in the training loop."
         )
 
 
@@ -329,21 +344,21 @@ def _prints(submission: Submission) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------
 
 
-class _Operators(TorchDispatchMode):
-    """Notes the names of all operators that run."""
+class _OperatorRecorder(TorchDispatchMode):
+    """A mode that records the names of all operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(str(func))
         return func(*args, **(kwargs or {}))
 
 
 def _nms(submission: Submission) -> Iterator[str]:
     boxes, scores = cell_boxes()
-    with _Operators() as operators:
+    with _OperatorRecorder() as operators:
         submission.common.nms(boxes[:20], scores[:20], 0.5)
     if any(name.startswith("torchvision.nms") for name in operators.names):
         yield (
@@ -365,27 +380,27 @@ def _nms(submission: Submission) -> Iterator[str]:
 # Source
 # --------------------------------------------------------------------------------------------
 
-# Numbers of the assignment that must not be written into the code: image size, classes, batch.
-FIXED = {224: "image size", 20: "number of classes of VOC"}
+# Sizes of the assignment's data that should not be constants in the code.
+SIZES = {224: "image size", 20: "number of classes of VOC"}
 
 
 def _fixed_sizes(folder: Path) -> Iterator[str]:
-    files = index_of(folder)
+    files = index_modules(folder)
     for part in ("common", "one_stage_detector"):
         if part in files:
             tree, _ = parse_file(files[part], f"{part}.py")
-            for function, node in _numbers(tree):
+            for function, line, number in _numbers(tree):
                 yield (
-                    f"{part}.py, line {node.lineno}, {function}: {node.value} is written into the "
-                    f"code, the {FIXED[node.value]} of the assignment. Take it from the shapes of "
+                    f"{part}.py, line {line}, {function}: {number} is written into the "
+                    f"code, the {SIZES[number]} of the assignment. Take it from the shapes of "
                     "the tensors or from an argument; other data has other sizes."
                 )
 
 
-def _numbers(tree: ast.Module) -> Iterator[tuple[str, ast.Constant]]:
-    """Fixed sizes in the bodies of functions, with the function's name."""
+def _numbers(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
+    """Find constants of ``SIZES`` in functions: name of the function, line and number."""
     for owner, function in _functions(tree):
-        # The dummy pass of the handout, for the notebook to show some shapes.
+        # The handout itself has a dummy pass of images (2, 3, 224, 224).
         dummies = {
             id(inner)
             for node in ast.walk(function)
@@ -401,13 +416,14 @@ def _numbers(tree: ast.Module) -> Iterator[tuple[str, ast.Constant]]:
                 if (
                     isinstance(node, ast.Constant)
                     and type(node.value) is int
-                    and node.value in FIXED
+                    and node.value in SIZES
                     and id(node) not in dummies
                 ):
-                    yield f"{owner}{function.name}", node
+                    yield f"{owner}{function.name}", node.lineno, node.value
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Find functions and methods, with the name of the class and a dot before a method."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             yield "", node
@@ -417,8 +433,8 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
                     yield f"{node.name}.", inner
 
 
-# Whose file it is about, and who looks.
-_LOOKS: tuple[tuple[str, Callable[[Submission], Iterator[str]]], ...] = (
+# The module that a review is about, and the review.
+_REVIEWS: tuple[tuple[str, Callable[[Submission], Iterator[str]]], ...] = (
     ("one_stage_detector", _location_order),
     ("common", _batch_norm),
     ("one_stage_detector", _changed_arguments_of_targets),

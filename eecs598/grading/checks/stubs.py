@@ -1,8 +1,8 @@
-"""Stand-ins for parts of a detector, so that it is known what must come out of the rest.
+"""Stubs for backbone and head, so that the right results of the rest of the detector are known.
 
-A planted head predicts what it was given, a planted backbone takes no time. The rest of the
-detector may use more of them than their outputs, so each passes for what it replaces: it has the
-attributes and parameters of that, and its outputs come in the same kind of container.
+A stub head returns given predictions, and a stub backbone takes no time. The rest of the detector
+may use more of them than their outputs, so each stub has the attributes and parameters of the
+module that it replaces, and returns its outputs in the same kind of container.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from torch import Tensor, nn
 from eecs598.grading.checks.reference import STRIDES
 from eecs598.grading.submission import FPN_CHANNELS, Submission
 
-__all__ = ["Predictions", "locations_of", "plant"]
+__all__ = ["Predictions", "locations_of", "stub_detector"]
 
-Predictions = list[dict[str, Tensor]]  # class logits, deltas, centerness logits of each level
+Predictions = list[dict[str, Tensor]]  # class logits, deltas and centerness logits per level
 
 
-def plant(submission: Submission, predictions: Predictions) -> nn.Module:
-    """The submission's detector, which sees in any image what is given."""
+def stub_detector(submission: Submission, predictions: Predictions) -> nn.Module:
+    """Return the submission's detector with stubs, which makes the given predictions."""
     example = submission.feature_maps
     return submission.detector_with(
-        backbone=lambda original: _PlantedBackbone(original, example),
-        pred_net=lambda original: _PlantedHead(original, predictions),
+        backbone=lambda original: _StubBackbone(original, example),
+        pred_net=lambda original: _StubHead(original, predictions),
     )
 
 
 def locations_of(submission: Submission, images: Tensor) -> dict[str, Tensor]:
-    """The submission's coordinates for the feature maps of some images."""
+    """Return the submission's locations ``(N, 2)`` per level for images ``(B, 3, H, W)``."""
     return submission.common.get_fpn_location_coords(_map_shapes(images), STRIDES)
 
 
 def _map_shapes(images: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of the pyramid's maps."""
+    """Return the shape (B, C, H, W) of the feature map of each level."""
     return {
         level: (
             len(images),
@@ -50,22 +50,23 @@ def _map_shapes(images: Tensor) -> dict[str, tuple[int, ...]]:
     }
 
 
-class _StandIn(nn.Module):
-    """Passes for another module."""
+class _Stub(nn.Module):
+    """A module with the attributes and parameters of another one."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.__dict__["original"] = original  # past nn.Module, which would register it
+        self.__dict__["original"] = original  # nn.Module would register it as a child
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["original"], name)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return those of the original."""
         return self.original.named_parameters(*args, **kwargs)
 
 
-class _PlantedBackbone(_StandIn):
-    """Gives maps of the right shapes with nothing in them; a planted head does not look at them."""
+class _StubBackbone(_Stub):
+    """A backbone that returns zeros of the right shapes, which a stub head does not use."""
 
     fpn_strides = STRIDES
     out_channels = FPN_CHANNELS
@@ -75,39 +76,41 @@ class _PlantedBackbone(_StandIn):
         self.example = example
 
     def forward(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """Return a feature map (B, C, H, W) per level."""
         images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         maps = {level: images.new_zeros(shape) for level, shape in _map_shapes(images).items()}
-        return _filled(self.example, maps)
+        return _like(self.example, maps)
 
 
-class _PlantedHead(_StandIn):
-    """Predicts what it was given."""
+class _StubHead(_Stub):
+    """A head that returns given predictions."""
 
     def __init__(self, original: nn.Module, predictions: Predictions) -> None:
         super().__init__(original)
         self.predictions = predictions
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
+        """Return the predictions in the same containers as the original head does."""
         example: object = None
-        # What it does wrong is the matter of other checks.
+        # Other checks test the original head.
         with contextlib.suppress(Exception), torch.no_grad():
             example = self.original(*args, **kwargs)
         parts = example if isinstance(example, (list, tuple)) else ()
         if len(parts) != len(self.predictions):
             return [dict(values) for values in self.predictions]
-        filled = [_filled(*pair) for pair in zip(parts, self.predictions, strict=True)]
+        outputs = [_like(*pair) for pair in zip(parts, self.predictions, strict=True)]
         if hasattr(example, "_make"):  # a named tuple
-            return example._make(filled)
-        return tuple(filled) if isinstance(example, tuple) else filled
+            return example._make(outputs)
+        return tuple(outputs) if isinstance(example, tuple) else outputs
 
 
-def _filled(example: object, values: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """A mapping as the example, with other values."""
+def _like(example: object, values: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return values in a mapping of the same class as the example; in a dict if that fails."""
     if not isinstance(example, Mapping) or type(example) is dict:
         return dict(values)
     try:
-        filled = copy.copy(example)
-        filled.update(values)
-        return filled
+        mapping: Any = copy.copy(example)
+        mapping.update(values)
+        return mapping
     except Exception:
         return dict(values)

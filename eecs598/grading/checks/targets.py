@@ -1,6 +1,8 @@
-"""Checks of the training targets: matching, deltas and their inverse, centerness."""
+"""Checks of the training targets: matching, deltas, box decoding and centerness."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +25,17 @@ CELL_LOCATIONS = torch.tensor([[30.0, 40], [32, 29], [125, 150]])
 
 
 def check_matching(submission: Submission) -> CheckResult:
-    """``fcos_match_locations_to_gt`` on constructed cases and against the plain definition."""
+    """Check ``fcos_match_locations_to_gt`` on constructed cases and against its definition."""
     result = CheckResult("matching")
     box = (10.0, 10.0, 40.0, 40.0, 2.0)
 
     def wide(right: float) -> tuple[float, ...]:
-        """A box whose farthest side is ``right`` pixels from the location (50, 50)."""
+        """Return a box whose farthest side is ``right`` pixels from the location (50, 50)."""
         return (40.0, 40.0, 50.0 + right, 60.0, 1.0)
 
     inner, outer = (15.0, 15.0, 35.0, 35.0, 0.0), (5.0, 5.0, 45.0, 45.0, 4.0)
-    # For each label: level, location, boxes, index of the box it matches.
-    cases = {
+    # For each label: level, location, boxes, index of the box that it matches.
+    cases: dict[str, list[tuple[str, Sequence[float], list[Sequence[float]], int | None]]] = {
         "inside and outside": [
             ("p3", (20.0, 30.0), [box], 0),
             ("p3", (50.0, 30.0), [box], None),
@@ -78,8 +80,8 @@ def check_matching(submission: Submission) -> CheckResult:
     }
     for label, group in cases.items():
         with result.probe(label):
-            for level, point, boxes, index in group:
-                _expect_match(submission, level, [point], boxes, [index])
+            for level, point, candidates, index in group:
+                _expect_match(submission, level, [point], candidates, [index])
 
     with result.probe("random boxes against the definition"):
         generator = torch.Generator().manual_seed(0)
@@ -87,11 +89,11 @@ def check_matching(submission: Submission) -> CheckResult:
         sizes = (2 ** (2 + 7 * torch.rand(12, 2, generator=generator))).round()
         corners = (300 * torch.rand(12, 2, generator=generator) - sizes / 4).round() + 0.5
         classes = torch.randint(20, (12, 1), generator=generator)
-        boxes = torch.cat([corners, corners + sizes, classes], dim=1).tolist()
+        rows = torch.cat([corners, corners + sizes, classes], dim=1).tolist()
         points = (8 * torch.randint(40, (60, 2), generator=generator) + 4.0).tolist()
         for level in STRIDES:
-            matches = [reference.best_box(level, x, y, boxes) for x, y in points]
-            _expect_match(submission, level, points, boxes, matches)
+            matches = [reference.best_box(level, x, y, rows) for x, y in points]
+            _expect_match(submission, level, points, rows, matches)
 
     with result.probe("input unchanged"):
         boxes = torch.tensor([box, BACKGROUND])
@@ -101,14 +103,20 @@ def check_matching(submission: Submission) -> CheckResult:
     return result
 
 
-def _match(submission: Submission, points: list, boxes: Tensor) -> dict[str, Tensor]:
+def _match(
+    submission: Submission, points: Sequence[Sequence[float]], boxes: Tensor
+) -> dict[str, Tensor]:
     """Match the same locations on each level."""
     locations = {level: torch.tensor(points) for level in STRIDES}
     return submission.one_stage_detector.fcos_match_locations_to_gt(locations, STRIDES, boxes)
 
 
 def _expect_match(
-    submission: Submission, level: str, points: list, boxes: list, matches: list[int | None]
+    submission: Submission,
+    level: str,
+    points: Sequence[Sequence[float]],
+    boxes: Sequence[Sequence[float]],
+    matches: Sequence[int | None],
 ) -> None:
     got = _match(submission, points, torch.tensor(boxes))[level]
     expected = [BACKGROUND if match is None else boxes[match] for match in matches]
@@ -118,15 +126,16 @@ def _expect_match(
         f"{show(got)}",
     )
     for point, got_box, expected_box in zip(points, got, expected, strict=True):
-        # Of many boxes, the sentence names those that contain the location.
-        near = [b for b in boxes if len(boxes) < 4 or min(reference.ltrb(*point, b)) > 0]
+        # If there are many boxes, the sentence names those that contain the location.
+        x, y = point
+        near = [b for b in boxes if len(boxes) < 4 or min(reference.ltrb(x, y, b)) > 0]
         expect_close(
             f"location {show(point)} on {level}, boxes {show(near)}", got_box, expected_box
         )
 
 
 def check_deltas(submission: Submission) -> CheckResult:
-    """``fcos_get_deltas_from_locations``: the assignment's cell, background, strides."""
+    """Check ``fcos_get_deltas_from_locations``: the assignment's cell, background, strides."""
     result = CheckResult("deltas")
     osd = submission.one_stage_detector
 
@@ -134,7 +143,8 @@ def check_deltas(submission: Submission) -> CheckResult:
         for stride in (8, 32):
             for location, box in zip(CELL_LOCATIONS, CELL_BOXES, strict=True):
                 got = osd.fcos_get_deltas_from_locations(location[None], box[None], stride=stride)
-                expected = torch.tensor([reference.ltrb(*location.tolist(), box.tolist())]) / stride
+                x, y = location.tolist()
+                expected = torch.tensor([reference.ltrb(x, y, box.tolist())]) / stride
                 what = f"location {show(location)}, box {show(box)}, stride {stride}"
                 expect_close(what, got, expected, 1e-6)
 
@@ -169,11 +179,11 @@ def check_deltas(submission: Submission) -> CheckResult:
 
 
 def check_box_decoding(submission: Submission) -> CheckResult:
-    """``fcos_apply_deltas_to_locations``: reconstruction, background, negative deltas."""
+    """Check ``fcos_apply_deltas_to_locations``: reconstruction, background, negative deltas."""
     result = CheckResult("box_decoding")
     osd = submission.one_stage_detector
 
-    def decode(deltas: list, location: list, stride: int) -> Tensor:
+    def decode(deltas: list[float], location: list[float], stride: int) -> Tensor:
         return osd.fcos_apply_deltas_to_locations(
             torch.tensor([deltas]), torch.tensor([location]), stride=stride
         )
@@ -211,7 +221,7 @@ def check_box_decoding(submission: Submission) -> CheckResult:
 
 
 def check_centerness(submission: Submission) -> CheckResult:
-    """``fcos_make_centerness_targets``: the assignment's cell, background, the formula."""
+    """Check ``fcos_make_centerness_targets``: the assignment's cell, background, the formula."""
     result = CheckResult("centerness")
     osd = submission.one_stage_detector
 
@@ -228,9 +238,9 @@ def check_centerness(submission: Submission) -> CheckResult:
         expect_close("two rows of deltas [-1, -1, -1, -1]", got, [-1.0, -1.0])
 
     with result.probe("1 at the centre, 0 on a side"):
-        for deltas, expected in (([3.0, 5.0, 3.0, 5.0], 1.0), ([0.0, 2.0, 3.0, 2.0], 0.0)):
-            got = osd.fcos_make_centerness_targets(torch.tensor([deltas]))
-            expect_close(f"deltas {show(deltas)}", got, [expected], 1e-6)
+        for row, target in (([3.0, 5.0, 3.0, 5.0], 1.0), ([0.0, 2.0, 3.0, 2.0], 0.0)):
+            got = osd.fcos_make_centerness_targets(torch.tensor([row]))
+            expect_close(f"deltas {show(row)}", got, [target], 1e-6)
 
     with result.probe("random deltas against the formula"):
         generator = torch.Generator().manual_seed(0)

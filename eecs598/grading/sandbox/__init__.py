@@ -1,1 +1,1 @@
-"""Running a submission in a process of its own that can do no harm."""
+"""Run submissions in processes of their own that can't harm the grader or the machine."""

@@ -1,9 +1,9 @@
-"""Take from a process what the code of a submission has no business with.
+"""Restrict a process: files, network, other processes, memory and user.
 
-Plain Linux, without privileges and without further packages: resource limits, Landlock for files,
-a seccomp filter for system calls. A process takes these from itself before it runs any code of a
-submission and can't take them back. Layers that a machine lacks are left out and named; elsewhere
-than on Linux that is nearly all of them.
+This works on plain Linux, without privileges and without further packages: resource limits,
+Landlock for files, a seccomp filter for system calls. A process restricts itself before it runs any
+code of a submission, and can't lift the restrictions again. Layers that a machine lacks are left
+out and reported; on other systems than Linux that is nearly all of them.
 
 Sources: landlock(7), seccomp(2), prctl(2), capabilities(7), getrlimit(2) of the Linux manual.
 """
@@ -32,7 +32,7 @@ __all__ = [
     "limit_cpu",
 ]
 
-# What there may be to protect, and what a submission can do where it is missing.
+# The layers of protection, and what a submission can do on a machine that lacks one.
 LAYERS = {
     "files": "read and write whatever this user may",
     "network": "use the network",
@@ -44,12 +44,12 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process may use.
+    """Resources that one process may use.
 
     Attributes:
-        memory_mb: address space beyond what is mapped at the start.
-        file_mb: size of a single file.
-        cpu_seconds: for the whole process.
+        memory_mb: address space beyond what is mapped at the start, in MiB.
+        file_mb: size of a single file, in MiB.
+        cpu_seconds: processor time of the whole process.
         threads: beyond those that the user runs already.
         open_files: file descriptors.
     """
@@ -62,15 +62,15 @@ class Limits:
 
 
 def confine(work: str, readable: Sequence[str], limits: Limits) -> list[str]:
-    """Confine this process for good.
+    """Restrict this process permanently.
 
     Args:
-        work: the only folder that it may write to, its own.
-        readable: files and folders that it may read beside the system's libraries.
-        limits: what it may use.
+        work: the only folder that it may write to.
+        readable: files and folders that it may read in addition to the system's libraries.
+        limits: resources that it may use.
 
     Returns:
-        Those of ``LAYERS`` that are in place.
+        The active ones of ``LAYERS``.
     """
     active = set()
     if sys.platform != "win32":
@@ -94,7 +94,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 
 def _system_paths() -> list[str]:
-    """What Python and its libraries read on the way; no folder that people keep theirs in."""
+    """Return what Python and its libraries read; none of these holds files of users."""
     paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share", "/usr/local/lib"]
     paths += ["/usr/local/cuda", "/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo"]
     paths += [f"/etc/{name}" for name in ("ld.so.cache", "localtime", "nsswitch.conf", "fonts")]
@@ -113,7 +113,7 @@ def _system_paths() -> list[str]:
 def _limit_resources(limits: Limits) -> set[str]:
     import resource
 
-    active = set()
+    active: set[str] = set()
 
     def limit(kind: int, amount: int) -> bool:
         _, hard = resource.getrlimit(kind)
@@ -135,13 +135,13 @@ def _limit_resources(limits: Limits) -> set[str]:
             active.add("memory")
         # Threads count as processes, and those of all programs of the user count together.
         limit(resource.RLIMIT_NPROC, _threads_of(os.getuid()) + limits.threads)
-        with contextlib.suppress(OSError):  # if memory ends nevertheless, end this process first
+        with contextlib.suppress(OSError):  # if memory is exhausted, end this process first
             Path("/proc/self/oom_score_adj").write_text("1000")
     return active
 
 
 def limit_cpu(seconds: float) -> None:
-    """Limit the processor time of this process from now on, within what ``confine`` left."""
+    """Limit the processor time of this process from now on, within the limit of ``confine``."""
     if sys.platform == "win32":
         return
     import resource
@@ -155,9 +155,10 @@ def limit_cpu(seconds: float) -> None:
 
 
 def _threads_of(user: int) -> int:
+    """Return the number of threads in all processes of a user."""
     number = 0
     for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             fields = dict(
                 line.split(":", 1) for line in status.read_text().splitlines() if ":" in line
             )
@@ -167,12 +168,17 @@ def _threads_of(user: int) -> int:
 
 
 def _drop_privileges(libc: ctypes.CDLL, work: str, readable: Iterable[str]) -> set[str]:
-    """From root to a user that owns nothing; to a root that reads where that user could not."""
+    """Change from root to a user without files.
+
+    If that user could not read what is needed, stay root with the one capability to read files.
+    """
     if os.geteuid() != 0:
         return {"user"}
-    whole = [inside for path in readable for inside in (path, *_folders_and_sources(path))]
-    if all(_is_open_to_all(path) for path in (*whole, *_system_paths(), Path(work).parent)):
-        # One user a process, so that they can't disturb each other.
+    needed: list[str | os.PathLike] = [*_system_paths(), Path(work).parent]
+    for path in readable:
+        needed += [path, *_folders_and_sources(path)]
+    if all(_is_open_to_all(path) for path in needed):
+        # One user per process, so that they can't disturb each other.
         user = 60000 + os.getpid() % 5000
         with contextlib.suppress(OSError):
             os.chown(work, user, user)
@@ -181,13 +187,14 @@ def _drop_privileges(libc: ctypes.CDLL, work: str, readable: Iterable[str]) -> s
             os.setresuid(user, user, user)
             return {"user"}
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    reads = 1 << _CAP_DAC_READ_SEARCH  # submissions may belong to anybody; what else, Landlock says
+    # Submissions may belong to any user. Landlock limits what else can be read.
+    reads = 1 << _CAP_DAC_READ_SEARCH
     libc.capset(header, (ctypes.c_uint32 * 6)(reads, reads))
     return set()
 
 
 def _is_open_to_all(path: str | os.PathLike) -> bool:
-    """Whether any user may read a file, or a folder and what is in it."""
+    """Whether any user may read a file, or list a folder and enter it."""
     path = Path(path).resolve()
     try:
         return bool(path.stat().st_mode & 0o004) and all(
@@ -236,7 +243,7 @@ def _restrict_files(libc: ctypes.CDLL, work: str, readable: Iterable[str]) -> se
         for path in readable:
             _allow(libc, ruleset, path, _READ_FILE | _READ_DIR)
         _allow(libc, ruleset, os.devnull, handled & _FILE_RIGHTS)
-        # Whatever makes no device and, in its bit 0, runs no program.
+        # All rights but those to make devices and, in bit 0, to run programs.
         _allow(libc, ruleset, work, handled & ~_MAKE_DEVICES & ~1)
         done = libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
     finally:
@@ -250,7 +257,7 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
     try:
         file = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return  # what isn't there needs no permission
+        return  # it does not exist
     try:
         if not os.path.isdir(path):
             rights &= _FILE_RIGHTS
@@ -283,8 +290,8 @@ _REFUSED = """
     sched_setattr 314 274       setpriority 141 140         ioprio_set 251 30
     truncate 76 45
 """
-# They change files by name and are beyond Landlock, but programs expect them to work: they do
-# nothing and say that they did.
+# They change files by name and Landlock does not cover them, but programs expect them to work: they
+# do nothing and report success.
 _IGNORED = """
     chmod 90 0                  fchmod 91 52                fchmodat 268 53
     fchmodat2 452 452           chown 92 0                  fchown 93 55
@@ -294,7 +301,7 @@ _IGNORED = """
     removexattrat 466 466       file_setattr 469 469        utime 132 0
     utimes 235 0                futimesat 261 0             utimensat 280 88
 """
-# Allowed for this process only, whose id is their first argument (for prlimit64, also 0).
+# Allowed for this process only: their first argument is its id (for prlimit64, also 0).
 _KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)
 _CLONE, _CLONE3, _FCNTL = (56, 220), (435, 435), (72, 25)
 _CLONE_THREAD = 0x10000
@@ -318,13 +325,13 @@ def _filter_system_calls(libc: ctypes.CDLL) -> set[str]:
 
 
 def _filter(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
-    """The program: code, jump where true, jump where false, constant of each instruction."""
+    """Return the filter program: code, jump if true, jump if false, constant per instruction."""
     column, architecture = _ARCHITECTURES[machine]
     refuse = (_RETURN, 0, 0, _FAIL | errno.EPERM)
     allow = (_RETURN, 0, 0, _ALLOW)
 
     def argument(n: int) -> tuple[int, int, int, int]:
-        return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * n)  # its lower half
+        return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * n)  # its lower 32 bits
 
     def on(number: int, *block: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
         return [(_EQUAL, 0, len(block), number), *block]
@@ -348,7 +355,7 @@ def _filter(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
         _PRLIMIT[column], argument(0), (_EQUAL, 1, 0, 0), (_EQUAL, 0, 1, pid), allow, refuse
     )
     program += on(_CLONE[column], argument(0), (_HAS_BITS, 0, 1, _CLONE_THREAD), allow, refuse)
-    # Its flags lie in memory, out of the filter's sight; without it, libraries call clone.
+    # Its flags are in memory, which a filter can't read; without it, libraries call clone.
     program += on(_CLONE3[column], (_RETURN, 0, 0, _FAIL | errno.ENOSYS))
     program += on(
         _FCNTL[column],
@@ -368,7 +375,7 @@ def _filter(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
 
 @contextlib.contextmanager
 def adopt_orphans() -> Iterator[None]:
-    """Within the block, processes that lose their parent become children of this process."""
+    """Make processes that lose their parent children of this process, within the block."""
     if sys.platform != "linux":
         yield
         return
@@ -383,7 +390,7 @@ def adopt_orphans() -> Iterator[None]:
 
 
 def kill_orphans(known: set[int]) -> None:
-    """End all children of this process but the known ones, and what these leave behind."""
+    """End all children of this process except the known ones, and the orphans they leave."""
     while unknown := children() - known:
         for pid in unknown:
             with contextlib.suppress(ProcessLookupError):
@@ -394,7 +401,7 @@ def kill_orphans(known: set[int]) -> None:
 
 
 def children() -> set[int]:
-    """Ids of the processes whose parent is this one; empty where the system does not tell."""
+    """Return the ids of this process's children; empty if the system does not list them."""
     found = set()
     for file in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Grade folders side by side, each in processes of its own.
+"""Grade folders in parallel, each in processes of its own.
 
-A process loads a submission and runs its checks one after the other. If it ends, hangs, uses too
-much or says what it should not, the check it was in gets no points, and a new process goes on with
-the rest. Verdicts of a submission thus never depend on another one, and its end is nobody else's.
+A process loads a submission and runs its checks one after the other. If it ends, hangs, exceeds a
+limit or violates the protocol, the check that was running gets no points, and a new process
+continues with the rest. So the results of a submission never depend on those of another one.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ import torch
 from eecs598.grading.checks.registry import CHECKS
 from eecs598.grading.result import CheckResult, ProbeResult
 from eecs598.grading.sandbox.isolation import LAYERS, Limits, adopt_orphans, children, kill_orphans
-from eecs598.grading.sandbox.worker import FINDINGS, Job, work
+from eecs598.grading.sandbox.worker import FINDINGS, Job, run_job
 
 __all__ = ["ENDED", "Graded", "Options", "grade_folders"]
 
-ENDED = "runs to its end"  # label of the probe that a check fails with its process
-POLL = 0.1  # seconds between two looks at what a process uses
-GRACE = 2.0  # seconds after the time-out in which a process ends itself
+ENDED = "runs to its end"  # label of the probe that fails if the process of a check ends
+POLL = 0.1  # seconds between two checks of what a process uses
+GRACE = 2.0  # seconds after the time-out in which a process should end by itself
 MAX_LINE = 2**20
 MAX_PROBES = 100  # of a check
 MAX_SENTENCE = 600
 MAX_SENTENCES = 60
-KEPT_OUTPUT = 2**15  # bytes of what a process prints: as many from its start as from its end
+KEPT_OUTPUT = 2**15  # bytes of the output of a process to keep from its start and from its end
 MAX_FILES = 5000
-TRACEBACK = "Timeout ("  # begins what faulthandler prints of a process that has to end
+TRACEBACK = "Timeout ("  # how the traceback begins that faulthandler prints at a time-out
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to grade.
+    """Settings of grading.
 
     Attributes:
-        timeout: seconds for loading a submission and for each check. A check that is still
-            running is interrupted, and ended after twice the time.
+        timeout: seconds for loading a submission and for each check. After this time a check is
+            interrupted, and after twice the time its process is ended.
         total_timeout: seconds for a submission as a whole.
-        jobs: submissions at the same time; as many as there are cores unless given.
-        memory_mb: what a submission may allocate.
-        disk_mb: what it may write.
+        jobs: number of submissions to grade at the same time; None for the number of cores.
+        memory_mb: memory that a submission may allocate, in MiB.
+        disk_mb: bytes that it may write, in MiB.
         checks: names of the checks to run.
-        findings: whether to look for what costs no points, too.
+        findings: whether to list review findings, which cost no points.
     """
 
     timeout: float = 60.0
@@ -73,18 +73,18 @@ class Options:
 
 @dataclass
 class Graded:
-    """What came out for one folder.
+    """The results of one folder.
 
     Attributes:
         folder: as it was given.
         error: why it could not be graded at all; None if it was.
         results: of each check. One that did not run to its end has a single probe, ``ENDED``.
-        notes: on how the submission was loaded and what happened on the way.
-        findings: what a reviewer would say, without points.
+        notes: on how the submission was loaded and run.
+        findings: review findings, which cost no points.
         suspicious: lines of code that a person should look at.
         output: what the submission printed, shortened.
-        protections: those of ``isolation.LAYERS`` that were in place.
-        seconds: it took.
+        protections: the layers of ``isolation.LAYERS`` that were active.
+        seconds: duration of grading.
     """
 
     folder: str
@@ -106,22 +106,23 @@ def grade_folders(
 ) -> list[Graded]:
     """Grade submissions.
 
-    From then on, PyTorch computes with one thread in this process, and Matplotlib without windows.
+    Afterwards, PyTorch uses one thread in this process, and Matplotlib opens no windows.
 
     Args:
-        folders: one a submission. One that can't be read is an error of that one alone.
-        fallback: folder with the modules of the assignment that replace missing ones.
-        options: how.
-        report: called with each submission when it is done.
+        folders: one per submission. If one can't be read, only its own result is an error.
+        fallback: folder of the reference solution's modules, which replace missing ones.
+        options: settings; the defaults unless given.
+        report: called with each submission's results when it is done.
 
     Returns:
-        What came out, in the order of ``folders``.
+        The results, in the order of ``folders``.
     """
     options = options or Options()
     jobs = options.jobs or _num_cores()
     _prepare()
     gradings = [_Grading(os.fspath(folder), os.fspath(fallback), options) for folder in folders]
-    waiting, running, others = deque(gradings), [], children()
+    waiting, others = deque(gradings), children()
+    running: list[_Grading] = []
     with adopt_orphans():
         try:
             while waiting or running:
@@ -143,7 +144,7 @@ def grade_folders(
 
 
 def _prepare() -> None:
-    """Import once what submissions import, since each process starts as a copy of this one."""
+    """Import what submissions import once, since each process starts as a copy of this one."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -151,26 +152,26 @@ def _prepare() -> None:
     import torchvision.models.feature_extraction
     import torchvision.transforms  # noqa: F401
 
-    # A pool of threads would not survive in the copies.
+    # A pool of threads would not be copied.
     torch.set_num_threads(1)
 
 
 def _num_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than there are."""
+    """Return the number of cores that this process may use; a container may limit it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-class _Distrusted(Exception):
-    """The process said what it should not."""
+class _ProtocolError(Exception):
+    """A process sent what the protocol does not allow; the message completes "the process ..."."""
 
 
 class _Grading:
-    """One submission on its way through its processes."""
+    """The state of grading one submission, in one process after the other."""
 
     def __init__(self, folder: str, fallback: str, options: Options) -> None:
-        # A name may be no text, or move the cursor.
+        # A file name may be undecodable, or contain control characters.
         name = os.fsencode(folder).decode(errors="replace")
         self.graded = Graded("".join(c if c.isprintable() else "?" for c in name))
         self.is_done = False
@@ -185,12 +186,15 @@ class _Grading:
 
     @property
     def pid(self) -> int | None:
+        """Id of the running process; None if there is none."""
         return self._process.pid if self._process else None
 
     def pipes(self) -> list[connection.Connection]:
+        """Return the pipes to wait for."""
         return self._process.open_pipes if self._process else []
 
     def begin(self) -> None:
+        """Start the first process, or fail if the folder can't be read."""
         self._start_time = time.monotonic()
         try:
             os.listdir(self._folder)
@@ -202,27 +206,28 @@ class _Grading:
         self._start_process()
 
     def stop(self) -> None:
+        """End the running process."""
         if self._process is not None:
             self._process.end()
             self._process = None
 
     def advance(self, known: set[int]) -> None:
-        """Hear what the process has to say, and end it where it must be.
+        """Receive the messages of the process, and end it if it is done or breaks a rule.
 
         Args:
-            known: processes that are to go on when this one ends.
+            known: processes to keep when this one ends.
         """
         process = self._process
         if process is None:
             return
         try:
             for message in process.messages():
-                self._hear(message)
+                self._receive(message)
             problem = process.problem()
             if problem is None and time.monotonic() > self._deadline:
                 problem = process.time_out()
-        except _Distrusted as distrusted:
-            problem = f"the process of the submission {distrusted}; its word does not count"
+        except _ProtocolError as error:
+            problem = f"the process of the submission {error}; its results do not count"
         if problem is None and not process.has_ended:
             return
         status = process.end()
@@ -237,7 +242,7 @@ class _Grading:
                 self._fail_step(reason)
             else:
                 self._fail_all(f"while the submission was loaded: {reason}")
-        self._go_on()
+        self._continue()
 
     def _start_process(self) -> None:
         options = self._options
@@ -264,7 +269,7 @@ class _Grading:
         step = time.monotonic() + 2 * self._options.timeout + GRACE
         self._deadline = min(step, self._start_time + self._options.total_timeout)
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         used_up = time.monotonic() - self._start_time >= self._options.total_timeout
         if self._pending and used_up:
             total = f"{self._options.total_timeout:g} s"
@@ -277,10 +282,8 @@ class _Grading:
         self.graded.seconds = round(time.monotonic() - self._start_time, 1)
         self.is_done = True
 
-    # What the process says ------------------------------------------------------------------
-
-    def _hear(self, message: dict[str, Any]) -> None:
-        """Follow the order: confined, loaded, then for each step its probes and its end."""
+    def _receive(self, message: dict[str, Any]) -> None:
+        """Handle a message: first confined, then loaded, then each step's probes and its end."""
         if self._expected == "confined":
             self._require(set(message) == {"confined"})
             self.graded.protections = [
@@ -288,7 +291,7 @@ class _Grading:
             ]
             self._expected = "loaded"
         elif self._expected == "loaded":
-            self._hear_loaded(message)
+            self._receive_loaded(message)
         elif "label" in message:
             self._require(bool(self._pending) and message.get("check") == self._pending[0])
             self._require(len(self._probes) < MAX_PROBES)
@@ -300,9 +303,9 @@ class _Grading:
             )
         else:
             self._require(bool(self._pending) and message.get("done") == self._pending[0])
-            self._hear_done(message)
+            self._receive_done(message)
 
-    def _hear_loaded(self, message: dict[str, Any]) -> None:
+    def _receive_loaded(self, message: dict[str, Any]) -> None:
         if "failed" in message:
             reason = _sentence(message["failed"])
             self._fail_all(f"the submission can't be loaded: {reason}")
@@ -316,10 +319,10 @@ class _Grading:
         self._expected = "steps"
         self._set_deadline()
 
-    def _hear_done(self, message: dict[str, Any]) -> None:
+    def _receive_done(self, message: dict[str, Any]) -> None:
         self._require(set(message) == {"done", "problem", "found", "tampered"})
         if tampered := _sentences(message["tampered"]):
-            raise _Distrusted(f"replaced what judges it: {', '.join(tampered)}")
+            raise _ProtocolError(f"replaced what judges it: {', '.join(tampered)}")
         if message["problem"] is not None:
             self._fail_step(_sentence(message["problem"]))
         elif message["done"] == FINDINGS:
@@ -334,7 +337,7 @@ class _Grading:
     @staticmethod
     def _require(condition: bool) -> None:
         if not condition:
-            raise _Distrusted("sent what the grader did not expect")
+            raise _ProtocolError("sent what the grader did not expect")
 
     def _fail_all(self, reason: str) -> None:
         while self._pending:
@@ -350,12 +353,16 @@ class _Grading:
 
 
 class _Process:
-    """A process with a job, seen from outside."""
+    """A process that runs a job, and what it sends."""
 
     def __init__(self, job: Job, options: Options) -> None:
-        # A copy of this process has its libraries loaded already. Elsewhere, copies of a process
-        # that has loaded them are not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        # A copy of this process has its libraries loaded already. On other systems than Linux,
+        # copying a process that has loaded them is not safe.
+        context = (
+            multiprocessing.get_context("fork")
+            if sys.platform == "linux"
+            else multiprocessing.get_context("spawn")
+        )
         self._job = job
         self._options = options
         self._channel, channel = context.Pipe(duplex=False)
@@ -364,7 +371,7 @@ class _Process:
         self.output = _Output()
         self._unread = b""
         self._exited = False
-        self._process = context.Process(target=work, args=(job, channel, printed), daemon=True)
+        self._process = context.Process(target=run_job, args=(job, channel, printed), daemon=True)
         self._process.start()
         self.pid = self._process.pid
         for pipe in (channel, printed):
@@ -372,37 +379,37 @@ class _Process:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it said its last word.
+        """Whether no more messages will come: the process has exited or closed its pipe.
 
-        It may have closed the pipe and be running on, or have ended and left the pipe to another.
+        It may have closed the pipe and still run, or have exited while another holds the pipe.
         """
         return self._exited or self._channel not in self.open_pipes
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What it said since the last call."""
-        self._exited = self._process.exitcode is not None  # asked before reading all that is left
+        """Read the messages sent since the last call."""
+        self._exited = self._process.exitcode is not None  # before reading what is left
         self.output.add(self._read(self._printed))
         self._unread += self._read(self._channel)
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
             token, _, text = line.partition(b" ")
             if not secrets.compare_digest(token, self._job.token.encode()):
-                raise _Distrusted("wrote to the grader's pipe")
+                raise _ProtocolError("wrote to the grader's pipe")
             try:
                 message = json.loads(text)
             except ValueError:
                 message = None
             if not isinstance(message, dict):
-                raise _Distrusted("sent what the grader did not expect")
+                raise _ProtocolError("sent what the grader did not expect")
             yield message
         if len(self._unread) > MAX_LINE:
-            raise _Distrusted("wrote to the grader's pipe")
+            raise _ProtocolError("wrote to the grader's pipe")
 
     def _read(self, pipe: connection.Connection) -> bytes:
         if pipe not in self.open_pipes or not pipe.poll():
             return b""
         try:
-            # Not by the length that a message begins with, which a submission could make up.
+            # Not by the length at the start of a message, which a submission could forge.
             data = pipe.recv_bytes() if os.name == "nt" else os.read(pipe.fileno(), 2**20)
         except (EOFError, OSError):
             data = b""
@@ -411,16 +418,17 @@ class _Process:
         return data
 
     def problem(self) -> str | None:
-        """Whether it uses more of the disk than it may."""
+        """Return why the process must be ended, if it uses too much disk space."""
         if _uses_more(self._job.work_folder, self._options.disk_mb * 2**20):
             return f"wrote more than {self._options.disk_mb} MB or {MAX_FILES} files"
         return None
 
     def time_out(self) -> str:
+        """Return the problem of a process that did not end in time."""
         return f"did not come to an end in {2 * self._options.timeout:g} s"
 
     def end(self) -> int | None:
-        """End it, with all that it started, and remove its folder; returns its exit status."""
+        """End it and all that it started, remove its folder, and return its exit status."""
         if self.has_ended:
             self._process.join(GRACE)
         status = self._process.exitcode
@@ -428,7 +436,8 @@ class _Process:
             self._process.kill()
         else:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+                if self.pid is not None:
+                    os.killpg(self.pid, signal.SIGKILL)
             if status is None:
                 self._process.kill()
         self._process.join()
@@ -442,7 +451,7 @@ class _Process:
         return status
 
     def describe_end(self, status: int | None, folder: str) -> str:
-        """Why it ended by itself."""
+        """Return why the process ended by itself."""
         text = self.output.text()
         if TRACEBACK in text:
             where = _innermost_place(text, folder)
@@ -459,44 +468,48 @@ class _Process:
 
 
 class _Output:
-    """The start and the end of what a process prints."""
+    """The output of a process, without its middle if it is long."""
 
     def __init__(self) -> None:
         self._start, self._end, self._size = b"", b"", 0
 
     def add(self, data: bytes) -> None:
+        """Append bytes."""
         self._size += len(data)
         room = KEPT_OUTPUT - len(self._start)
         self._start += data[:room]
         self._end = (self._end + data[room:])[-KEPT_OUTPUT:]
 
     def text(self) -> str:
+        """Return the text, with the number of bytes left out in place of them."""
         dropped = self._size - len(self._start) - len(self._end)
         gap = f"\n... {dropped} bytes ...\n".encode() if dropped else b""
         return (self._start + gap + self._end).decode(errors="replace")
 
 
 def _shortened(text: str) -> str:
-    """Text without what moves the cursor or changes colours, and no longer than is kept."""
+    """Remove control characters, and cut the text to the length that is kept."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
     return text if len(text) <= 2 * KEPT_OUTPUT else f"{text[: 2 * KEPT_OUTPUT]} ..."
 
 
 def _sentence(value: Any) -> str:
+    """Return a string from a message, on one line and not too long."""
     if not isinstance(value, str):
-        raise _Distrusted("sent what the grader did not expect")
+        raise _ProtocolError("sent what the grader did not expect")
     text = "".join(c if c.isprintable() else " " for c in value)
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 4]} ..."
 
 
 def _sentences(value: Any) -> list[str]:
+    """Return a list of strings from a message, each on one line and not too many."""
     if not isinstance(value, list):
-        raise _Distrusted("sent what the grader did not expect")
+        raise _ProtocolError("sent what the grader did not expect")
     return [_sentence(item) for item in value[:MAX_SENTENCES]]
 
 
 def _uses_more(folder: str, size: int) -> bool:
-    """Whether a folder holds more bytes or files than allowed; stops looking when it does."""
+    """Whether a folder holds more bytes, or files, than allowed."""
     files, folders = 0, [folder]
     while folders:
         try:
@@ -509,7 +522,7 @@ def _uses_more(folder: str, size: int) -> bool:
                     if size < 0 or files > MAX_FILES:
                         return True
         except FileNotFoundError:
-            pass  # removed meanwhile
+            pass  # it was removed meanwhile
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return True
@@ -517,7 +530,7 @@ def _uses_more(folder: str, size: int) -> bool:
 
 
 def _remove(folder: str) -> None:
-    """Remove a folder, however deep it is and whatever modes its parts have."""
+    """Remove a folder, even if it is very deep or its parts are not writable."""
     if os.name == "nt":
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -528,7 +541,7 @@ def _remove(folder: str) -> None:
 
 
 def _innermost_place(text: str, folder: str) -> str:
-    """Where in a submission a print of all threads shows the first one to be."""
+    """Return the place in a submission where the first thread of a traceback was."""
     frames = re.findall(r'File "(.+)", line (\d+) in (\S+)', text.rpartition("Thread ")[2])
     for file, line, function in frames:
         if file.startswith(folder + os.sep):

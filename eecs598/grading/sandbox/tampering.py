@@ -1,11 +1,11 @@
-"""Notice when the code of a submission changes what judges it.
+"""Detect when the code of a submission changes the code that judges it.
 
 A submission runs in the process of its checks, so it can reach their functions and those of the
-libraries that they call. ``Watch`` remembers these before any code of the submission runs, tells
-what was replaced since, and puts it back. ``broken_tools`` asks questions whose answers are known,
-which also notices what was replaced where ``Watch`` does not look.
+libraries that they call. ``Watch`` records these before any code of the submission runs, reports
+what was replaced since, and restores it. ``broken_tools`` calls functions whose right results are
+known, so it also detects changes in places that ``Watch`` does not record.
 
-None of this stops somebody who knows it and writes code against it. See docs/grading-for-staff.md.
+Code that is written to circumvent this can do so. See docs/grading-for-staff.md.
 """
 
 from __future__ import annotations
@@ -23,25 +23,34 @@ from typing import Any
 import torch
 from torchvision.ops import nms
 
-from eecs598.grading.loading import index_of, parse_file
-from eecs598.grading.result import CheckResult, Wrong, expect, expect_close, isolated
+import eecs598
+from eecs598.grading.result import CheckFailure, CheckResult, expect, expect_close, isolated
+from eecs598.grading.source import index_modules, parse_file
+from eecs598.grading.submission import GRADER
 
 __all__ = ["Watch", "broken_tools", "suspicious_code"]
 
 _MISSING = object()
-_PACKAGE = __package__.rpartition(".")[0]  # eecs598.grading
 
 
 class Watch:
-    """Everything that the modules of this package refer to, as it was when this was made.
+    """The state of everything that the modules of the grader refer to, when this was created.
 
     That is their own functions and classes, and the contents of the modules and classes that they
-    name, such as ``torch``, ``math`` or ``Tensor``. What a submission adds to those is its own
-    business, as long as it hides nothing.
+    name, such as ``torch``, ``math`` or ``Tensor``. A submission may add names to those unless
+    they hide others.
+
+    Attributes:
+        modules: the guarded modules of the grader: all that are loaded.
     """
 
     def __init__(self) -> None:
-        own = [m for name, m in sys.modules.items() if m and f"{name}.".startswith(f"{_PACKAGE}.")]
+        self.modules = {
+            name: module
+            for name, module in list(sys.modules.items())
+            if module and f"{name}.".startswith(f"{GRADER}.")
+        }
+        own = list(self.modules.values())
         places: dict[int, ModuleType | type] = {id(place): place for place in (*own, builtins)}
         for module in own:
             for value in vars(module).values():
@@ -60,13 +69,13 @@ class Watch:
         self._functions = [(function, _parts(function)) for function in functions.values()]
 
     def restore(self) -> list[str]:
-        """Put everything back; returns the names of what had been replaced."""
+        """Restore everything, and return the names of what had been replaced."""
         replaced = []
         for place, contents, inherited in zip(
             self._places, self._contents, self._inherited, strict=True
         ):
             now = vars(place)
-            # What was None is a library's own note, filled in on first use.
+            # Values that were None are caches of libraries, filled on first use.
             names = {
                 name
                 for name, value in contents.items()
@@ -79,7 +88,7 @@ class Watch:
             for name in sorted(names):
                 if _is_bookkeeping(place, name):
                     continue
-                if _put_back(place, name, contents.get(name, _MISSING)):
+                if _restore_value(place, name, contents.get(name, _MISSING)):
                     replaced.append(f"{place.__name__}.{name}")
         for function, parts in self._functions:
             if _differ(parts, _parts(function)):
@@ -91,30 +100,32 @@ class Watch:
 
 
 def _inherited(place: ModuleType | type) -> set[str]:
+    """Return the names that a class inherits; a name added to it may hide one of these."""
     if not isinstance(place, type):
         return set()
     return {name for base in place.__mro__[1:] for name in vars(base)}
 
 
 def _is_bookkeeping(place: ModuleType | type, name: str) -> bool:
-    """Entries that Python and its libraries keep for themselves, or that programs may set."""
+    """Whether Python and its libraries change a name themselves, or programs may set it."""
     if place is sys:
         return True
     return name in ("filters", "__warningregistry__") or name.startswith("_abc_")
 
 
-def _put_back(place: ModuleType | type, name: str, value: Any) -> bool:
+def _restore_value(place: ModuleType | type, name: str, value: Any) -> bool:
     try:
         if value is _MISSING:
             delattr(place, name)
         else:
             setattr(place, name, value)
     except (AttributeError, TypeError):
-        return False  # what can't be set was not replaced either
+        return False  # what can't be set can't have been replaced
     return True
 
 
 def _parts(function: FunctionType) -> tuple[Any, ...]:
+    """Return what decides how a function behaves: code, defaults and closure."""
     cells = [_contents(cell) for cell in function.__closure__ or ()]
     return (function.__code__, function.__defaults__, function.__kwdefaults__, *cells)
 
@@ -122,7 +133,7 @@ def _parts(function: FunctionType) -> tuple[Any, ...]:
 def _contents(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:  # it is still empty
         return _MISSING
 
 
@@ -131,12 +142,12 @@ def _differ(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 
 def broken_tools() -> list[str]:
-    """What the checks rely on and what gives wrong answers; empty where all is well."""
+    """Return the names of functions that checks rely on and that give wrong results."""
     right, wrong = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 4.0])
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 0, 60, 10]])
     scores = torch.tensor([0.3, 0.9, 0.5])
     with isolated():
-        answers = {
+        works = {
             "expect": _refuses(expect, False, "no"),
             "expect_close": _refuses(expect_close, "a row", wrong, right)
             and _refuses(expect_close, "a row", right[:2], right)
@@ -148,13 +159,13 @@ def broken_tools() -> list[str]:
             "math.isclose": not math.isclose(1.0, 2.0) and math.isclose(2.0, 2.0),
             "torchvision.ops.nms": nms(boxes, scores, 0.5).tolist() == [1, 2],
         }
-    return [name for name, is_right in answers.items() if is_right is not True]
+    return [name for name, is_right in works.items() if is_right is not True]
 
 
 def _refuses(function: Any, *arguments: Any) -> bool:
     try:
         function(*arguments)
-    except Wrong:
+    except CheckFailure:
         return True
     return False
 
@@ -164,15 +175,15 @@ def _records_failures() -> bool:
     with result.probe("right"):
         pass
     with result.probe("wrong"):
-        raise Wrong("as it should be")
+        raise CheckFailure("as it should be")
     return result.passed == ["right"] and result.failed == ["wrong: as it should be"]
 
 
 # --------------------------------------------------------------------------------------------
-# For people to look at
+# Suspicious code
 # --------------------------------------------------------------------------------------------
 
-# What a solution of the assignment has no use for.
+# Modules and names that a solution of the assignment does not need.
 SUSPICIOUS_MODULES = {
     "_thread",
     "builtins",
@@ -207,19 +218,22 @@ SUSPICIOUS_NAMES = {
     "settrace",
     "tb_frame",
 }
-# Methods by which a returned object could lie about its contents.
+# Methods by which a returned object could hide its contents.
 SUSPICIOUS_METHODS = {"__eq__", "__ne__", "__torch_dispatch__", "__torch_function__"}
 SUSPICIOUS_CALLS = {"eval", "exec"}  # as functions; every network has a method eval
-MAX_SOURCE = 2**20  # bytes of a file that is looked at
+MAX_SOURCE = 2**20  # bytes of a file that is searched
 
 
 def suspicious_code(folder: str | os.PathLike) -> list[str]:
-    """Lines of a submission that a person should look at, since none of them has a place in it.
+    """List lines of a submission that a person should look at: code that a solution does not need.
 
-    No proof of anything, and easily avoided by who knows of it.
+    It proves nothing, and code that is written to avoid it can do so.
+
+    Returns:
+        File, line and what was found there; files that can't be searched are listed, too.
     """
     lines = []
-    for name, path in index_of(Path(folder)).items():
+    for name, path in index_modules(Path(folder)).items():
         try:
             if _is_ours(name, path):
                 continue
@@ -233,14 +247,16 @@ def suspicious_code(folder: str | os.PathLike) -> list[str]:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             lines.append(f"{path.relative_to(folder)} can't be looked at: it is no Python")
             continue
-        found = sorted({(n.lineno, what) for n in ast.walk(tree) if (what := _suspicion(n))})
+        nodes = (node for node in ast.walk(tree) if isinstance(node, (ast.stmt, ast.expr)))
+        found = sorted({(n.lineno, what) for n in nodes if (what := _suspicion(n))})
         lines += [f"{path.relative_to(folder)}, line {n}: {what}" for n, what in found]
     return lines[:50]
 
 
 def _is_ours(name: str, path: Path) -> bool:
-    """Whether a file is one of this project, unchanged, as in a copy of it."""
-    ours = Path(__file__).parents[3].joinpath(*name.split("."))
+    """Whether a file is an unchanged copy of this project's."""
+    root = Path(eecs598.__file__).parents[1]  # of the repository, or site-packages
+    ours = root.joinpath(*name.split("."))
     for file in (ours.with_suffix(".py"), ours / "__init__.py"):
         with contextlib.suppress(OSError):
             if file.read_bytes() == path.read_bytes():
@@ -249,10 +265,11 @@ def _is_ours(name: str, path: Path) -> bool:
 
 
 def _suspicion(node: ast.AST) -> str | None:
+    """Say what is suspicious about a node of a syntax tree; None if nothing is."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         modules = [getattr(node, "module", None) or ""]
         modules += [alias.name for alias in node.names]
-        if any(name.startswith("eecs598.grading") for name in modules):
+        if any(name.startswith(GRADER) for name in modules):
             return "imports the grader"
         named = {name.partition(".")[0] for name in modules[: None if not modules[0] else 1]}
         if named & SUSPICIOUS_MODULES:
@@ -263,6 +280,6 @@ def _suspicion(node: ast.AST) -> str | None:
         return node.attr
     if isinstance(node, ast.Name) and node.id in SUSPICIOUS_NAMES:
         return node.id
-    if isinstance(node, ast.Call) and getattr(node.func, "id", None) in SUSPICIOUS_CALLS:
-        return f"{node.func.id}()"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return f"{node.func.id}()" if node.func.id in SUSPICIOUS_CALLS else None
     return None

@@ -1,10 +1,10 @@
-"""What runs in the process of a submission: load it, run checks, tell the grader.
+"""The process that runs a submission: load it, run checks, and send the results to the grader.
 
-The grader hears one line of JSON at a time, and in a fixed order: what confines this process, that
-the submission is loaded, then for each step its probes as soon as each is decided, and the end of
-the step. Each line begins with a token that the grader chose. What is said can't be taken back, and
-what does not follow the order is not believed, so a submission that ends this process, prints
-results or writes to the pipe gains nothing.
+Messages are lines of JSON in a fixed order: which protections are active, that the submission is
+loaded, then for each step the result of each probe as soon as it is known, and the end of the
+step. Each line begins with a token that the grader chose. Results that were sent can't be changed,
+and the grader rejects lines that do not follow the order, so a submission that ends this process,
+prints results or writes to the pipe gains nothing.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from json import JSONEncoder
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
+import eecs598
 from eecs598.grading.checks.registry import CHECKS
-from eecs598.grading.checks.review import find
-from eecs598.grading.loading import PARTS, load_submission
-from eecs598.grading.result import CheckResult
+from eecs598.grading.checks.review import review_findings
+from eecs598.grading.loading import load_submission
+from eecs598.grading.result import CheckResult, Probe
 from eecs598.grading.sandbox.isolation import Limits, confine, limit_cpu
 from eecs598.grading.sandbox.tampering import Watch, broken_tools, suspicious_code
+from eecs598.grading.submission import PARTS
 
-__all__ = ["FINDINGS", "Job", "work"]
+__all__ = ["FINDINGS", "Job", "run_job"]
 
 FINDINGS = "findings"  # the step after the checks
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
-Say = Callable[..., None]
+Send = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task for one process.
+    """The input of one process.
 
     Attributes:
-        folder: the submission.
-        fallback: folder with the modules of the assignment that replace missing ones.
+        folder: of the submission.
+        fallback: folder of the reference modules that replace missing ones.
         steps: names of checks, and ``FINDINGS``, in order.
-        work_folder: the only folder to write to.
+        work_folder: the only folder that the process may write to.
         timeout: seconds for loading and for each step.
         limits: of the process.
-        token: what the grader knows its lines by.
+        token: begins each line that the process sends.
     """
 
     folder: str
@@ -62,20 +63,20 @@ class Job:
     token: str
 
 
-def work(job: Job, channel: Connection, output: Connection) -> None:
-    """Do a job in a process of its own, which ends with it.
+def run_job(job: Job, channel: Connection, output: Connection) -> None:
+    """Run a job in this process, and end the process.
 
     Args:
-        job: what to do.
-        channel: where the grader listens.
-        output: where it keeps what the submission prints.
+        job: the job.
+        channel: pipe for messages to the grader.
+        output: pipe for everything that the submission prints.
     """
     _detach(job, channel, output)
 
-    # Not by names that the submission could give to something else.
+    # Local names, because a submission could replace the attributes of modules.
     encode, write, file, windows = JSONEncoder().encode, os.write, channel.fileno(), os.name == "nt"
 
-    def say(**message: Any) -> None:
+    def send(**message: Any) -> None:
         line = f"{job.token} {encode(message)}\n".encode()
         if windows:
             channel.send_bytes(line)
@@ -83,43 +84,46 @@ def work(job: Job, channel: Connection, output: Connection) -> None:
             line = line[write(file, line) :]
 
     torch.set_num_threads(1)
-    say(confined=confine(job.work_folder, _readable(job), job.limits))
+    send(confined=confine(job.work_folder, _readable(job), job.limits))
     tampered: list[str] = []
-    clock = _Clock(job.timeout)
-    _announce_probes(say, lambda: tampered.extend(watch.restore()), clock)
+    time_limit = _TimeLimit(job.timeout)
+    _report_probes(send, lambda: tampered.extend(watch.restore()), time_limit)
     watch = Watch()
 
     try:
-        with clock.limit(), clock.interruptions():
+        with time_limit.limit(), time_limit.interruptible():
             suspicious = suspicious_code(job.folder)
             loaded = load_submission(job.folder, job.fallback)
     except BaseException as error:
-        say(failed=f"raised {type(error).__name__}: {error}")
+        send(failed=f"raised {type(error).__name__}: {error}")
         _exit(1)
     replaced = watch.restore()
-    say(loaded=[str(note) for note in loaded.notes], suspicious=suspicious, replaced=replaced)
+    send(loaded=[str(note) for note in loaded.notes], suspicious=suspicious, replaced=replaced)
 
     for step in job.steps:
         problem, found = None, []
         tampered += broken_tools()
         try:
-            with clock.limit():
+            with time_limit.limit():
                 if step == FINDINGS:
-                    with clock.interruptions():
-                        found = [str(finding) for finding in find(loaded.submission, job.folder)]
+                    with time_limit.interruptible():
+                        found = [
+                            str(finding)
+                            for finding in review_findings(loaded.submission, job.folder)
+                        ]
                 else:
                     CHECKS[step](loaded.submission)
         except BaseException as error:  # outside of a probe
             problem = f"raised {type(error).__name__}: {error}"
         tampered += watch.restore() + broken_tools()
-        say(done=step, problem=problem, found=found, tampered=sorted(set(tampered)))
+        send(done=step, problem=problem, found=found, tampered=sorted(set(tampered)))
         if tampered:
-            break  # nothing else that this process says could be believed
+            break  # no further result of this process could be trusted
     _exit(0)
 
 
 def _detach(job: Job, channel: Connection, output: Connection) -> None:
-    """Cut the ties to the grader's process: terminal, open files, environment, handlers."""
+    """Close what this process shares with the grader: terminal, files, environment, handlers."""
     if os.name != "nt":
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
@@ -127,9 +131,9 @@ def _detach(job: Job, channel: Connection, output: Connection) -> None:
             os.dup2(source, target)
         os.closerange(3, channel.fileno())
         os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-    for part in PARTS:  # ours, if the grader's program imported them
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, signal.SIG_DFL)
+    for part in PARTS:  # the reference modules, if the grader's program imported them
         sys.modules.pop(part, None)
     sys.stdin = None
     for name, number in (("stdout", 1), ("stderr", 2)):
@@ -142,48 +146,47 @@ def _detach(job: Job, channel: Connection, output: Connection) -> None:
     os.environ.update(MPLBACKEND="agg", MPLCONFIGDIR=job.work_folder, OMP_NUM_THREADS="1")
     os.chdir(job.work_folder)
     tempfile.tempdir = job.work_folder
-    # Compiled files beside the submission are neither believed nor written.
+    # Compiled files beside the submission are neither read nor written.
     sys.dont_write_bytecode = True
     sys.pycache_prefix = os.path.join(job.work_folder, "__pycache__")
 
 
 def _readable(job: Job) -> list[str]:
-    package = os.fspath(Path(__file__).resolve().parents[2])  # eecs598
-    names = ("common.py", "one_stage_detector.py", "a4_helper.py")
-    return [job.folder, package, *(os.path.join(job.fallback, name) for name in names)]
+    """Return the files and folders that checks read: submission, course library, reference."""
+    library = os.path.dirname(os.path.realpath(eecs598.__file__))
+    return [job.folder, library, *(os.path.join(job.fallback, f"{part}.py") for part in PARTS)]
 
 
-def _announce_probes(say: Say, look: Callable[[], None], clock: _Clock) -> None:
-    """Have the checks say the answer of each probe when it is known.
+def _report_probes(send: Send, check_tampering: Callable[[], None], time_limit: _TimeLimit) -> None:
+    """Make the checks send the result of each probe as soon as it is known.
 
     Args:
-        say: tells it.
-        look: looks for what was replaced meanwhile, before the answer is told.
-        clock: interrupts a probe that takes too long, and nothing between two of them.
+        send: sends a message to the grader.
+        check_tampering: called before a result is sent.
+        time_limit: may interrupt a probe, but not the code between two probes.
     """
-    original = CheckResult.probe
 
     @contextlib.contextmanager
-    def probe(self: CheckResult, label: str) -> Iterator[None]:
-        with original(self, label), clock.interruptions():
+    def wrap_probe(result: CheckResult, probe: Probe) -> Iterator[None]:
+        with probe, time_limit.interruptible():
             yield
-        if self.name in CHECKS:
-            look()
-            answer = self.probes[-1]
-            say(check=self.name, label=answer.label, problem=answer.problem)
+        if result.name in CHECKS:
+            check_tampering()
+            last = result.probes[-1]
+            send(check=result.name, label=last.label, problem=last.problem)
 
-    CheckResult.probe = probe
+    CheckResult.wrap_probe = wrap_probe
 
 
 class TookTooLong(Exception):
     """Raised in the code of a submission when its time is up."""
 
 
-class _Clock:
-    """Interrupts what takes too long, again and again, and at last ends the process.
+class _TimeLimit:
+    """A time limit that interrupts code repeatedly, and finally ends the process.
 
-    So an endless loop costs its probe, not the whole check. What goes on nevertheless is ended
-    after twice the time, here with a print of where it was, or by the grader.
+    So an endless loop fails its probe, not the whole check. Code that continues nevertheless is
+    ended after twice the time: here, with a traceback of where it was, or by the grader.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -192,8 +195,8 @@ class _Clock:
 
     @contextlib.contextmanager
     def limit(self) -> Iterator[None]:
-        """Give the block its time."""
-        # Half a second later, so that the last interruption is not lost in the print.
+        """Limit the time of the block."""
+        # Half a second more, so that the last interruption comes before the traceback.
         end = 2 * self._seconds + 0.5
         limit_cpu(end)
         faulthandler.dump_traceback_later(end, exit=True, file=2)
@@ -209,8 +212,8 @@ class _Clock:
             faulthandler.cancel_dump_traceback_later()
 
     @contextlib.contextmanager
-    def interruptions(self) -> Iterator[None]:
-        """Within a ``limit``, the block may be interrupted."""
+    def interruptible(self) -> Iterator[None]:
+        """Allow interruptions within the block, which has to be inside a ``limit``."""
         self._may_interrupt = True
         try:
             yield
@@ -223,7 +226,7 @@ class _Clock:
 
 
 def _exit(status: int) -> None:
-    """End the process without anything that the submission wants done at its end."""
+    """End the process without running what the submission registered for its end."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

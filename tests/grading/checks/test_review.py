@@ -1,4 +1,4 @@
-"""What a reviewer would say: said where it is so, and nothing said of this repository."""
+"""Review findings: each is reported for code that has the fault, none for this repository."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ from pathlib import Path
 import pytest
 
 import common
-from eecs598.grading.checks import review as findings
-from eecs598.grading.checks.review import find
-from tests.grading.test_checks import LOCATIONS, MUTANTS, OURS, load
+from eecs598.grading.checks import review
+from eecs598.grading.checks.review import review_findings
+from tests.grading.checks import (
+    test_a4_helper,
+    test_detector,
+    test_locations,
+    test_network,
+    test_targets,
+)
+from tests.grading.checks.mutants import LOCATIONS, OURS, load
 
 FOLDER = Path(common.__file__).parent
-BY_NAME = {mutant.name: (mutant.module, mutant.old, mutant.new) for mutant in MUTANTS}
+FILES = (test_network, test_locations, test_targets, test_detector, test_a4_helper)
+BY_NAME = {
+    mutant.name: (mutant.module, mutant.old, mutant.new)
+    for file in FILES
+    for mutant in file.MUTANTS
+}
 
-# A change of this repository, and words of the one thing that is to be said of it.
-SAID = {
+# A change of this repository, and words of the one finding that must follow.
+FINDINGS = {
     "head row by row": (BY_NAME["head flattened row by row"], "listed in different orders"),
     "only the deltas": (BY_NAME["only the deltas flattened row by row"], "its deltas at index 3"),
     "dummy pass": (BY_NAME["dummy pass in training mode"], "statistics of 3 batch norms"),
@@ -89,7 +101,7 @@ SAID = {
     ),
     "graph": (
         ("one_stage_detector", "    @torch.no_grad()\n    def predict(", "    def predict("),
-        None,  # a4_helper sees to it
+        None,  # a4_helper disables gradients
     ),
     "torchvision's nms": (
         (
@@ -106,14 +118,14 @@ SAID = {
 }
 
 
-def test_nothing_is_said_of_this_repository():
-    assert find(OURS, FOLDER) == []
+def test_this_repository_has_no_findings():
+    assert review_findings(OURS, FOLDER) == []
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_what_is_to_be_said_is_said(name):
-    change, words = SAID[name]
-    found = find(load(change), FOLDER)
+@pytest.mark.parametrize("name", FINDINGS)
+def test_faults_are_found(name):
+    change, words = FINDINGS[name]
+    found = review_findings(load(change), FOLDER)
     if words is None:
         assert found == []
     else:
@@ -123,7 +135,7 @@ def test_what_is_to_be_said_is_said(name):
         assert "\n" not in sentence
 
 
-def test_detecting_with_gradients_is_said():
+def test_detecting_with_gradients_is_found():
     submission = load(
         ("one_stage_detector", "    @torch.no_grad()\n    def predict(", "    def predict("),
         (
@@ -132,7 +144,7 @@ def test_detecting_with_gradients_is_said():
             "            if True:\n                boxes",
         ),
     )
-    (sentence,) = find(submission, FOLDER)
+    (sentence,) = review_findings(submission, FOLDER)
     assert "without torch.no_grad()" in sentence
 
 
@@ -141,16 +153,16 @@ def test_both_orders_changed_is_consistent():
         ("common", LOCATIONS, "torch.stack(grid, dim=-1).transpose(0, 1).flatten(0, 1)"),
         ("one_stage_detector", "feats.permute(0, 3, 2, 1)", "feats.permute(0, 2, 3, 1)"),
     )
-    assert find(submission, FOLDER) == []
+    assert review_findings(submission, FOLDER) == []
 
 
-def test_a_slow_nms_is_said(monkeypatch):
-    monkeypatch.setattr(findings, "SLOW_NMS_SECONDS", 0.0)
-    (sentence,) = find(OURS, FOLDER)
+def test_a_slow_nms_is_found(monkeypatch):
+    monkeypatch.setattr(review, "SLOW_NMS_SECONDS", 0.0)
+    (sentence,) = review_findings(OURS, FOLDER)
     assert "common.py, nms: takes" in sentence and "5,000 boxes" in sentence
 
 
-def test_fixed_sizes_are_said(tmp_path):
+def test_fixed_sizes_are_found(tmp_path):
     (tmp_path / "one_stage_detector.py").write_text(
         "def f(boxes, size=224):\n    return boxes.clamp(0, 224)\n"
         "class FCOS:\n    def forward(self, x):\n        y = x.view(-1, 20)\n        return y\n"
@@ -159,19 +171,19 @@ def test_fixed_sizes_are_said(tmp_path):
         "class Backbone:\n    def __init__(self):\n"
         "        x = torch.randn(2, 3, 224, 224)\n        shape = (2, 3, 224, 224)\n"
     )
-    found = find(OURS, tmp_path)
+    found = review_findings(OURS, tmp_path)
     assert [sentence[:52] for sentence in found] == [
         "one_stage_detector.py, line 2, f: 224 is written into"[:52],
         "one_stage_detector.py, line 5, FCOS.forward: 20 is written into"[:52],
     ]
 
 
-def test_nothing_is_said_of_what_is_replaced_or_fails(tmp_path):
+def test_replaced_and_failing_code_has_no_findings(tmp_path):
     submission = load(BY_NAME["images without detections skipped"])
     submission.replaced["a4_helper"] = "missing"
-    assert find(submission, FOLDER) == []
+    assert review_findings(submission, FOLDER) == []
     for module in (submission.common, submission.one_stage_detector):
         for name in module.__all__:
             setattr(module, name, lambda *args, **kwargs: None)
     (tmp_path / "common.py").write_bytes(b"\x00")
-    assert find(submission, tmp_path) == []
+    assert review_findings(submission, tmp_path) == []
