@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant(
         "one loss forgotten",
         "a4_helper",
-        "loss = sum(losses.values())",
+        "loss = functools.reduce(torch.add, losses.values())",
         'loss = losses["loss_cls"]',
         {"train_detector": "every loss"},
     ),
