@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eecs598.metrics.average_precision import write_text_format
 from eecs598.metrics.evaluation import Evaluation, image_names
+from eecs598.metrics.text_format import write_text_format
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
 # One detection of each kind.

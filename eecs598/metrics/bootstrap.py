@@ -16,12 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from eecs598.metrics.average_precision import (
-    Matches,
-    classes_with_ground_truth,
-    match_detections,
-    score_matches,
-)
+from eecs598.metrics.average_precision import classes_with_ground_truth, score_matches
+from eecs598.metrics.matching import Matches, match_detections
 
 _SAMPLES_AT_ONCE = 128  # bounds memory: this many numbers a detection of the largest class
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eecs598.metrics.average_precision import match_detections
+from eecs598.metrics.matching import match_detections
 
 # In the order in which the library gives them.
 _NAMES = (

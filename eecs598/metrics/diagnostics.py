@@ -29,12 +29,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from eecs598.metrics.average_precision import (
-    DETECTIONS_FOLDER,
-    GROUND_TRUTH_FOLDER,
-    average_precision,
-    read_text_format,
-)
+from eecs598.metrics.average_precision import average_precision
+from eecs598.metrics.text_format import DETECTIONS_FOLDER, GROUND_TRUTH_FOLDER, read_text_format
 
 __all__ = ["Smell", "find_folder_smells", "find_smells"]
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from eecs598.metrics.average_precision import (
+from eecs598.metrics.average_precision import area_under_envelope, classes_with_ground_truth
+from eecs598.metrics.matching import (
     Matches,
-    area_under_envelope,
     best_of_pairs,
-    classes_with_ground_truth,
     first_claims,
     match_detections,
     overlaps_of_pairs,

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from eecs598.metrics.average_precision import average_precision, match_detections
+from eecs598.metrics.average_precision import average_precision
 from eecs598.metrics.bootstrap import bootstrap_difference, bootstrap_map, resampled_map
+from eecs598.metrics.matching import match_detections
 
 NAMES = ["cat", "dog"]
 BOX, FAR = [0.0, 0.0, 9.0, 9.0], [60.0, 60.0, 69.0, 69.0]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from a4_helper import VOC2007DetectionTiny
 from eecs598.data.shapes import CLASSES as SHAPES
 from eecs598.data.shapes import write_shapes
-from eecs598.metrics.average_precision import average_precision, write_text_format
+from eecs598.metrics.average_precision import average_precision
 from eecs598.metrics.diagnostics import find_folder_smells, find_smells
+from eecs598.metrics.text_format import write_text_format
 from one_stage_detector import FCOS
 from tests.test_location_order import SmallStages
 

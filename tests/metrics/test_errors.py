@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from eecs598.metrics.average_precision import average_precision, match_detections
+from eecs598.metrics.average_precision import average_precision
 from eecs598.metrics.errors import ERROR_KINDS, analyse_errors, confusion_matrix
+from eecs598.metrics.matching import match_detections
 from tests.evaluations import one_image
 
 NAMES = ["cat", "dog"]

@@ -8,8 +8,9 @@ import math
 
 import pytest
 
-from eecs598.metrics.average_precision import read_text_format, score_folder
+from eecs598.metrics.average_precision import score_folder
 from eecs598.metrics.evaluation import image_names
+from eecs598.metrics.text_format import read_text_format
 from eecs598.report.analysis import analyse, compare
 from tests.evaluations import export, make_evaluation
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from eecs598.metrics.average_precision import read_text_format
+from eecs598.metrics.text_format import read_text_format
 from eecs598.report.analysis import analyse, compare
 from eecs598.report.html import figures_html, write_report
 from tests.evaluations import KINDS, export, make_evaluation
