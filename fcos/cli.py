@@ -444,7 +444,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     from a4_helper import AugmentedTrainingSet, plot_losses, train_detector
     from eecs598 import reset_seed
     from eecs598.data import TrainingSampler
-    from eecs598.metrics import average_precision, check_class_names
+    from eecs598.metrics import check_class_names, score_matches
     from eecs598.runtime import claimed, gather, is_main_process, num_processes, rank, write_json
     from eecs598.training import Settings, TrainingRun, ignore_signals, precision_name
 
@@ -495,7 +495,7 @@ def _train_and_evaluate(args: argparse.Namespace, device: str) -> None:
     def evaluate(model: nn.Module) -> dict[str, Any]:
         nonlocal evaluation
         evaluation = _evaluate(model, val_set, args.workers, device)
-        return average_precision(evaluation.predictions, evaluation.targets, evaluation.class_names)
+        return score_matches(evaluation.matches)
 
     run = TrainingRun(
         out,
@@ -760,12 +760,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from eecs598.metrics import find_folder_smells, score_folder
+    from eecs598.metrics import find_folder_diagnostics, score_folder
 
     figure = args.figure if args.figure is not None else Path(args.folder) / "ap.png"
     _report(score_folder(args.folder), json_path=args.json, figure_path=figure)
-    for smell in find_folder_smells(args.folder):
-        print(f"warning: {smell.message}", file=sys.stderr)
+    for diagnostic in find_folder_diagnostics(args.folder):
+        print(f"warning: {diagnostic.message}", file=sys.stderr)
 
 
 def _data_check(args: argparse.Namespace) -> int:
@@ -1071,10 +1071,10 @@ def _write_report(
     comparison: Comparison | None = None,
 ) -> dict[str, Any]:
     """``report.html`` and ``metrics.json``; returns what the latter holds."""
-    from eecs598.report import analyse, write_report
+    from eecs598.report import analyze, write_report
     from eecs598.runtime import describe_environment, write_json
 
-    analysis = analyse(evaluation)
+    analysis = analyze(evaluation)
     environment = describe_environment()
     metrics = {**analysis.metrics, **facts, "environment": environment}
     if comparison is not None:
@@ -1107,8 +1107,8 @@ def _print_findings(metrics: dict[str, Any], comparison: Comparison | None) -> N
             f"{100 * result.low:+.2f} to {100 * result.high:+.2f}: "
             + ("more than chance explains" if result.exceeds else "may be chance")
         )
-    for smell in metrics["smells"]:
-        print(f"warning: {smell}", file=sys.stderr)
+    for message in metrics["diagnostics"]:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _report(

@@ -1,12 +1,12 @@
 """Average precision (AP), its mean over classes (mAP), and curves of precision over recall.
 
 The definition is that of the VOC 2010+ development kit (Everingham et al., "The Pascal Visual
-Object Classes Challenge: A Retrospective", IJCV 2015); `matching` has the rules of what a true
-positive is.
+Object Classes Challenge: A Retrospective", IJCV 2015); ``eecs598.metrics.matching`` says what a
+true positive is.
 
-- difficult boxes are not in the total that recall is measured against;
-- average precision (AP) is the area under the precision envelope over all points, or on request the
-  mean of the envelope at eleven recalls, as up to VOC 2007;
+- Difficult boxes are not in the total that recall is measured against.
+- AP is the area under the precision envelope over all points, or on request the mean of the
+  envelope at eleven recalls, as up to VOC 2007.
 - mAP is the mean over the classes that have ground truth that is not difficult.
 
 Symbols: K detections, M ground truth boxes, C classes, P points of a curve. Boxes are XYXY in
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PrecisionRecall:
-    """Precision against recall of one class: one point for each score threshold that differs.
+    """Precision over recall of one class: one point for each score that occurs.
 
     Attributes:
-        recall, precision: (P,) with the detections of at least the score; recall never falls.
-        scores: (P,) the thresholds, falling.
+        recall: (P,) recall of the detections with at least the score; it never falls.
+        precision: (P,) their precision.
+        scores: (P,) the scores, falling.
         best_f1: the highest harmonic mean of precision and recall, 0 without detections.
-        best_f1_threshold: keeping the detections of at least this score gives it, the highest such
-            score; None without detections.
+        best_f1_threshold: the highest score threshold that reaches ``best_f1`` (detections of that
+            score are kept); None without detections.
     """
 
     recall: np.ndarray
@@ -51,7 +52,7 @@ class PrecisionRecall:
     best_f1_threshold: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in lists and plain numbers, ready for JSON."""
+        """Return the same in lists and plain numbers, ready for JSON."""
         columns = {name: getattr(self, name).tolist() for name in ("recall", "precision", "scores")}
         return {
             **columns,
@@ -71,12 +72,12 @@ def average_precision(
     """Score the detections of a data set against its ground truth.
 
     Args:
-        predictions: one mapping an image, of tensors or arrays ``boxes`` (K, 4) XYXY in pixels,
+        predictions: one mapping per image, of tensors or arrays ``boxes`` (K, 4) XYXY in pixels,
             ``labels`` (K,) in 0..C-1 and ``scores`` (K,). An image without detections has K = 0.
-        targets: one mapping an image, in the same order: ``boxes`` (M, 4), ``labels`` (M,) and,
+        targets: one mapping per image, in the same order: ``boxes`` (M, 4), ``labels`` (M,) and,
             where known, ``difficult`` (M,) bool. No padding.
         class_names: the C names; ``class_names[label]`` names a label.
-        iou_threshold: the least overlap of a true positive, in 0..1.
+        iou_threshold: the least IoU of a true positive, in 0..1.
         method: "all-point", or "11-point": the mean of the envelope at recalls 0, 0.1, ..., 1
             (Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010,
             equations 1 and 2).
@@ -92,7 +93,7 @@ def average_precision(
              "true_positives": {...}, "false_positives": {...}}
 
     Raises:
-        ValueError: for input that is not as above, or with no ground truth to score against.
+        ValueError: input that is not as above, or no ground truth to score against.
 
     Example:
         >>> import torch
@@ -107,35 +108,53 @@ def average_precision(
     return score_matches(matches, method)
 
 
-def precision_recall_curves(
-    predictions: Sequence[Mapping[str, Any]],
-    targets: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
-    iou_threshold: float = 0.5,
-) -> dict[str, PrecisionRecall]:
-    """The precision-recall curve of every class with ground truth that is not difficult, by name.
+def score_matches(matches: Matches, method: str = "all-point") -> dict[str, Any]:
+    """Return what ``average_precision`` returns, of detections that are matched already.
 
-    Detections that match a difficult box count neither way. Arguments and errors are those of
-    :func:`average_precision`.
+    Args:
+        matches: what ``match_detections`` returned.
+        method: "all-point" or "11-point", see ``average_precision``.
+
+    Raises:
+        ValueError: no ground truth to score against.
     """
-    return curves_of_matches(match_detections(predictions, targets, class_names, iou_threshold))
+    names, num_classes = matches.class_names, len(matches.class_names)
+    ap = {}
+    for label in classes_with_ground_truth(matches):
+        of_class = (matches.label == label) & ~matches.is_ignored
+        total = int(matches.num_ground_truth[label])
+        ap[names[label]] = _METHODS[method](matches.is_tp[of_class], total)
+    counts = {
+        "num_ground_truth": matches.num_ground_truth,
+        "num_detections": _count(matches.label, num_classes),
+        "true_positives": _count(matches.label[matches.is_tp], num_classes),
+        "false_positives": _count(matches.label[matches.is_fp], num_classes),
+    }
+    return {
+        "mAP": math.fsum(ap.values()) / len(ap),
+        "AP": ap,
+        "iou_threshold": matches.iou_threshold,
+        "method": method,
+        "num_images": matches.num_images,
+        **{key: dict(zip(names, value.tolist(), strict=True)) for key, value in counts.items()},
+    }
 
 
 def score_folder(
     folder: str | os.PathLike[str], iou_threshold: float = 0.5, *, method: str = "all-point"
 ) -> dict[str, Any]:
-    """Score a folder in the text format of :func:`read_text_format`.
+    """Score a folder in the text format of ``read_text_format``.
 
     Args:
-        folder: :func:`write_text_format` writes such a folder.
-        iou_threshold: the least overlap of a true positive, in 0..1.
-        method: "all-point" or "11-point", see :func:`average_precision`.
+        folder: a folder as ``write_text_format`` writes it.
+        iou_threshold: the least IoU of a true positive, in 0..1.
+        method: "all-point" or "11-point", see ``average_precision``.
 
     Returns:
-        What :func:`average_precision` returns; the classes are those of the files, sorted by name.
+        What ``average_precision`` returns; the classes are those of the files, sorted by name.
 
     Raises:
-        ValueError: for a missing folder, detections without a ground truth file, a malformed line,
+        ValueError: a missing folder, detections without a ground truth file, a malformed line,
             or no ground truth to score against.
     """
     check_threshold(iou_threshold)
@@ -145,10 +164,10 @@ def score_folder(
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Lay out a result of :func:`average_precision` or :func:`score_folder` for a terminal.
+    """Format a result of ``average_precision`` or ``score_folder`` as a table for a terminal.
 
-    One line a class: AP in percent, and the numbers of ground truth boxes, true positives and
-    false positives. The last line is the mAP.
+    Each class has one line: AP in percent, and the numbers of ground truth boxes, true positives
+    and false positives. The last line is the mAP.
     """
     last = f"mAP@{result['iou_threshold']:g}"
     width = max(len(name) for name in [*result["AP"], last])
@@ -167,13 +186,13 @@ def plot_average_precision(
     """Draw the AP of every class as horizontal bars, best on top, with the mAP in the title.
 
     Args:
-        result: what :func:`average_precision` or :func:`score_folder` returned.
-        path: where to save the figure; its suffix chooses the format. A saved figure does not go
-            through pyplot and so needs no display. Without a path, pyplot shows the figure as
-            usual (a notebook draws it below the cell).
+        result: what ``average_precision`` or ``score_folder`` returned.
+        path: where to save the figure; its suffix chooses the format. A saved figure is not made
+            by pyplot and needs no display. Without a path it is a figure of pyplot, which a
+            notebook draws below the cell.
 
     Returns:
-        The axes.
+        The axes of the figure.
     """
     ranked = sorted(result["AP"].items(), key=lambda item: item[1], reverse=True)
     percent = [100 * ap for _, ap in ranked]
@@ -205,40 +224,11 @@ def plot_average_precision(
     return axes
 
 
-# ---------------------------------------------------------------------------------------
-# Measures of detections that are matched already
-# ---------------------------------------------------------------------------------------
-
-
-def score_matches(matches: Matches, method: str = "all-point") -> dict[str, Any]:
-    """What :func:`average_precision` returns, of detections that are matched already."""
-    names, num_classes = matches.class_names, len(matches.class_names)
-    ap = {}
-    for label in classes_with_ground_truth(matches):
-        of_class = (matches.label == label) & ~matches.ignored
-        total = int(matches.num_ground_truth[label])
-        ap[names[label]] = _METHODS[method](matches.true[of_class], total)
-    counts = {
-        "num_ground_truth": matches.num_ground_truth,
-        "num_detections": _count(matches.label, num_classes),
-        "true_positives": _count(matches.label[matches.true], num_classes),
-        "false_positives": _count(matches.label[matches.false], num_classes),
-    }
-    return {
-        "mAP": math.fsum(ap.values()) / len(ap),
-        "AP": ap,
-        "iou_threshold": matches.iou_threshold,
-        "method": method,
-        "num_images": matches.num_images,
-        **{key: dict(zip(names, value.tolist(), strict=True)) for key, value in counts.items()},
-    }
-
-
 def classes_with_ground_truth(matches: Matches) -> np.ndarray:
-    """The labels that AP is defined for.
+    """Return the labels that AP is defined for: classes with boxes that are not difficult.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no such class.
     """
     labels = np.flatnonzero(matches.num_ground_truth)
     if not len(labels):
@@ -249,8 +239,12 @@ def classes_with_ground_truth(matches: Matches) -> np.ndarray:
     return labels
 
 
-def curves_of_matches(matches: Matches) -> dict[str, PrecisionRecall]:
-    """As :func:`precision_recall_curves`, from what :func:`match_detections` returned."""
+def precision_recall_curves(matches: Matches) -> dict[str, PrecisionRecall]:
+    """Return the curve of every class with ground truth that is not difficult, by class name.
+
+    Raises:
+        ValueError: there is no such class.
+    """
     return {
         matches.class_names[label]: precision_recall(matches, label)
         for label in classes_with_ground_truth(matches)
@@ -258,19 +252,19 @@ def curves_of_matches(matches: Matches) -> dict[str, PrecisionRecall]:
 
 
 def precision_recall(matches: Matches, label: int | None = None) -> PrecisionRecall:
-    """The precision-recall curve of one class, or of all classes together.
+    """Return the precision-recall curve of one class, or of all classes together.
 
     Detections that match a difficult box count neither way.
     """
-    counted = ~matches.ignored
+    counted = ~matches.is_ignored
     if label is not None:
         counted &= matches.label == label
-    true, scores = matches.true[counted], matches.score[counted]
-    total = matches.num_ground_truth if label is None else matches.num_ground_truth[label]
-    total = int(total.sum())
+    is_tp, scores = matches.is_tp[counted], matches.score[counted]
+    totals = matches.num_ground_truth
+    total = int(totals.sum() if label is None else totals[label])
     # A threshold takes all detections of a score or none: the last of equal scores is the point.
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)[: len(scores)])
-    hits, kept = np.cumsum(true)[last], last + 1
+    hits, kept = np.cumsum(is_tp)[last], last + 1
     f1 = 2 * hits / (kept + total)
     best = int(np.argmax(f1)) if len(f1) else None
     return PrecisionRecall(
@@ -282,23 +276,23 @@ def precision_recall(matches: Matches, label: int | None = None) -> PrecisionRec
     )
 
 
-def area_under_envelope(true: np.ndarray, total: int) -> float:
-    """AP of one class over all points.
+def area_under_envelope(is_tp: np.ndarray, total: int) -> float:
+    """Return the AP of one class over all points.
 
     Args:
-        true: (K,) bool, the true positives among its detections, by falling score.
-        total: ground truth boxes, more than 0.
+        is_tp: (K,) bool, the true positives among its detections, by falling score.
+        total: number of ground truth boxes, more than 0.
     """
     # Recall grows by 1 / total at each true positive and nowhere else.
-    return float(_envelope(true).sum() / total)
+    return float(_envelope(is_tp).sum() / total)
 
 
-def _eleven_points(true: np.ndarray, total: int) -> float:
-    """AP of one class as up to VOC 2007: the mean of the envelope at recalls 0, 0.1, ..., 1."""
+def _eleven_points(is_tp: np.ndarray, total: int) -> float:
+    """Return the AP of one class as up to VOC 2007: the mean envelope at recalls 0, 0.1, ..., 1."""
     # Recall k / 10 is reached with ceil(k * total / 10) true positives: in whole numbers, because
     # 3 / 10 < 0.1 * 3 in floating point. At recall 0 the envelope is its value at the first one.
     needed = -(-np.arange(11) * total // 10)
-    envelope = _envelope(true)
+    envelope = _envelope(is_tp)
     reached = needed <= len(envelope)
     at = np.maximum(needed[reached], 1) - 1
     return float(envelope[at].sum() / 11) if len(envelope) else 0.0
@@ -307,10 +301,10 @@ def _eleven_points(true: np.ndarray, total: int) -> float:
 _METHODS = {"all-point": area_under_envelope, "11-point": _eleven_points}
 
 
-def _envelope(true: np.ndarray) -> np.ndarray:
-    """At each true positive, the best precision at its recall or any higher one."""
-    precision = np.cumsum(true) / np.arange(1, len(true) + 1)
-    return np.maximum.accumulate(precision[::-1])[::-1][true]
+def _envelope(is_tp: np.ndarray) -> np.ndarray:
+    """Return for each true positive the best precision at its recall or any higher one."""
+    precision = np.cumsum(is_tp) / np.arange(1, len(is_tp) + 1)
+    return np.maximum.accumulate(precision[::-1])[::-1][is_tp]
 
 
 def _count(labels: np.ndarray, num_classes: int) -> np.ndarray:

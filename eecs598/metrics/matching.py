@@ -1,21 +1,24 @@
-"""Detections of a data set matched to its ground truth, for every measure of the project.
+"""Detections of a data set paired with its ground truth, for every measure of the project.
 
 The rules are those of the VOC 2010+ development kit (Everingham et al., "The Pascal Visual
 Object Classes Challenge: A Retrospective", IJCV 2015) as the script https://github.com/Cartucho/mAP
 applies them to text files:
 
 - detections are taken by falling score; equal scores in image order, then in the order given;
-- each takes the ground truth of its image and class that it overlaps most, of several equal ones
-  the first; widths and heights count inclusive pixels, ``x2 - x1 + 1``;
+- each is paired with the ground truth of its image and class that it overlaps most, of several
+  equal ones the first; widths and heights count inclusive pixels, ``x2 - x1 + 1``;
 - with an overlap (IoU) of at least the threshold it is a true positive if no earlier detection took
   that box, and otherwise a false positive; if the box is difficult it counts neither way.
 
-Symbols: K detections, M ground truth boxes, C classes, P pairs of a detection and a ground truth
-box of its image and class. Boxes are XYXY in pixels.
+An evaluation is matched once (``Evaluation.matches``), and all measures take the ``Matches``.
+
+Symbols: B images, K detections, M ground truth boxes, C classes, P pairs of a detection and a
+ground truth box of one image. Boxes are XYXY in pixels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,30 +27,40 @@ import numpy as np
 import torch
 
 
+class Pairs(NamedTuple):
+    """Pairs of a detection and a ground truth box of one image that have a pixel in common."""
+
+    detection: np.ndarray  # (P,) row of the detection, rising
+    gt: np.ndarray  # (P,) row of the ground truth box, rising for each detection
+    iou: np.ndarray  # (P,) in inclusive pixels, above 0
+
+
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Detections of a data set by falling score, and what each is worth.
+    """The detections of a data set by falling score, each paired with a ground truth box or none.
 
-    A detection counts as ``true``, ``false``, or neither way (``ignored``, by a difficult box).
+    A detection is a true positive, a false positive, or neither: it is ignored where it matches a
+    difficult box.
 
     Attributes:
         class_names: the C names.
-        num_images: number of images.
-        iou_threshold: the least overlap of a match.
+        num_images: number of images, B.
+        iou_threshold: the least IoU of a match.
         image: (K,) the image of each detection.
         index: (K,) its place among the predictions of that image.
         label: (K,) its class.
         box: (K, 4) float64, XYXY in pixels.
         score: (K,) float64, falling; equal scores in image order, then in the order given.
-        truth: (K,) which ground truth box of its image and class it overlaps most, as an index into
-            the arrays below; -1 where it overlaps none.
-        overlap: (K,) the IoU with that box in inclusive pixels; -1 where there is none.
-        true: (K,) bool, the true positives.
-        ignored: (K,) bool, those that match a difficult box.
-        truth_image, truth_index, truth_label: (M,) image, place in the image, and class of each
-            ground truth box, image after image.
-        truth_box: (M, 4) float64.
-        truth_difficult: (M,) bool.
+        gt: (K,) the ground truth box of its image and class that it overlaps most, as a row of the
+            ``gt_`` arrays; -1 where it overlaps none.
+        iou: (K,) the IoU with that box in inclusive pixels; -1 where there is none.
+        is_tp: (K,) bool, the true positives.
+        is_ignored: (K,) bool, the detections that match a difficult box.
+        gt_image: (M,) the image of each ground truth box; image after image.
+        gt_index: (M,) its place among the ground truth of that image.
+        gt_label: (M,) its class.
+        gt_box: (M, 4) float64, XYXY in pixels.
+        gt_difficult: (M,) bool.
         num_ground_truth: (C,) boxes of each class that are not difficult.
     """
 
@@ -59,55 +72,75 @@ class Matches:
     label: np.ndarray
     box: np.ndarray
     score: np.ndarray
-    truth: np.ndarray
-    overlap: np.ndarray
-    true: np.ndarray
-    ignored: np.ndarray
-    truth_image: np.ndarray
-    truth_index: np.ndarray
-    truth_label: np.ndarray
-    truth_box: np.ndarray
-    truth_difficult: np.ndarray
+    gt: np.ndarray
+    iou: np.ndarray
+    is_tp: np.ndarray
+    is_ignored: np.ndarray
+    gt_image: np.ndarray
+    gt_index: np.ndarray
+    gt_label: np.ndarray
+    gt_box: np.ndarray
+    gt_difficult: np.ndarray
     num_ground_truth: np.ndarray
 
     @property
-    def false(self) -> np.ndarray:
+    def is_fp(self) -> np.ndarray:
         """(K,) bool, the false positives."""
-        return ~(self.true | self.ignored)
+        return ~(self.is_tp | self.is_ignored)
 
     @property
-    def matched(self) -> np.ndarray:
-        """(K,) bool: the overlap reaches the threshold. Of those, false positives came too late."""
-        return self.overlap >= self.iou_threshold
+    def is_match(self) -> np.ndarray:
+        """(K,) bool: the IoU reaches the threshold; a false positive among them is a duplicate."""
+        return self.iou >= self.iou_threshold
 
     @property
-    def status(self) -> np.ndarray:
-        """(K,) of the words "true", "false" and "ignored"."""
-        return np.select([self.true, self.ignored], ["true", "ignored"], "false")
-
-    @property
-    def truth_found(self) -> np.ndarray:
-        """(M,) bool: the ground truth boxes that a true positive took."""
-        found = np.zeros(len(self.truth_label), dtype=bool)
-        found[self.truth[self.true]] = True
+    def gt_found(self) -> np.ndarray:
+        """(M,) bool: the ground truth boxes that have a true positive."""
+        found = np.zeros(len(self.gt_label), dtype=bool)
+        found[self.gt[self.is_tp]] = True
         return found
 
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """Every overlapping pair of one image, whatever the classes; made at the first use."""
+        return overlapping_pairs(self.image, self.box, self.gt_image, self.gt_box)
 
-class Detections(NamedTuple):
-    """All detections of a data set, image after image."""
+    @functools.cached_property
+    def pairs_of_class(self) -> Pairs:
+        """Those of ``pairs`` in which both are of one class."""
+        same = self.label[self.pairs.detection] == self.gt_label[self.pairs.gt]
+        return Pairs(*(column[same] for column in self.pairs))
 
-    images: np.ndarray  # (K,) int64
-    labels: np.ndarray  # (K,) int64
-    boxes: np.ndarray  # (K, 4) float64
-    scores: np.ndarray  # (K,) float64
+    def with_boxes(self, box: np.ndarray) -> Matches:
+        """Match the detections again, as if their boxes were these, ``(K, 4)``."""
+        detections = _Detections(self.image, self.index, self.label, box, self.score)
+        ground_truth = _GroundTruth(
+            self.gt_image, self.gt_index, self.gt_label, self.gt_box, self.gt_difficult
+        )
+        return _match(
+            detections, ground_truth, self.class_names, self.num_images, self.iou_threshold
+        )
 
 
-class GroundTruth(NamedTuple):
-    """All ground truth boxes of a data set, image after image."""
+@dataclass(frozen=True, eq=False)
+class _Detections:
+    """The detections of a data set."""
 
-    images: np.ndarray  # (M,) int64
-    labels: np.ndarray  # (M,) int64
-    boxes: np.ndarray  # (M, 4) float64
+    image: np.ndarray  # (K,) int64
+    index: np.ndarray  # (K,) int64, place within the image
+    label: np.ndarray  # (K,) int64
+    box: np.ndarray  # (K, 4) float64
+    score: np.ndarray  # (K,) float64
+
+
+@dataclass(frozen=True, eq=False)
+class _GroundTruth:
+    """The ground truth boxes of a data set, image after image."""
+
+    image: np.ndarray  # (M,) int64
+    index: np.ndarray  # (M,) int64, place within the image
+    label: np.ndarray  # (M,) int64
+    box: np.ndarray  # (M, 4) float64
     difficult: np.ndarray  # (M,) bool
 
 
@@ -119,7 +152,16 @@ def match_detections(
 ) -> Matches:
     """Sort the detections of a data set by score and match them to its ground truth.
 
-    Arguments and errors are those of :func:`average_precision`, but ground truth may be absent.
+    Args:
+        predictions: one mapping per image, of tensors or arrays ``boxes`` (K, 4) XYXY in pixels,
+            ``labels`` (K,) in 0..C-1 and ``scores`` (K,). An image without detections has K = 0.
+        targets: one mapping per image, in the same order: ``boxes`` (M, 4), ``labels`` (M,) and,
+            where known, ``difficult`` (M,) bool. No padding. There may be none at all.
+        class_names: the C names; ``class_names[label]`` names a label.
+        iou_threshold: the least IoU of a match, in 0..1.
+
+    Raises:
+        ValueError: input that is not as above, such as a score that is not finite.
     """
     check_threshold(iou_threshold)
     names = check_class_names(class_names)
@@ -130,41 +172,41 @@ def match_detections(
         )
     detections = gather_detections(predictions, len(names))
     ground_truth = gather_ground_truth(targets, len(names))
-    index = _places(detections.images)
+    by_score = np.argsort(-detections.score, kind="stable")
+    detections = _Detections(**{key: values[by_score] for key, values in vars(detections).items()})
+    return _match(detections, ground_truth, names, len(targets), float(iou_threshold))
 
-    by_score = np.argsort(-detections.scores, kind="stable")
-    detections = Detections(*(column[by_score] for column in detections))
-    # A detection's candidates: the boxes of its image and class.
-    keys = detections.images * len(names) + detections.labels
-    truth_keys = ground_truth.images * len(names) + ground_truth.labels
-    counts, pair_truth = pair_up(keys, truth_keys)
-    overlaps = overlaps_of_pairs(detections.boxes, ground_truth.boxes, counts, pair_truth)
-    overlap, truth = best_of_pairs(overlaps, counts, pair_truth)
 
-    matched = overlap >= iou_threshold
-    ignored = np.zeros(len(matched), dtype=bool)
-    ignored[matched] = ground_truth.difficult[truth[matched]]
+def _match(
+    detections: _Detections,
+    ground_truth: _GroundTruth,
+    class_names: list[str],
+    num_images: int,
+    iou_threshold: float,
+) -> Matches:
+    """Match detections that are sorted by score."""
+    num_classes = len(class_names)
+    # The candidates of a detection: the boxes of its image and class.
+    keys = detections.image * num_classes + detections.label
+    gt_keys = ground_truth.image * num_classes + ground_truth.label
+    pairs = overlapping_pairs(keys, detections.box, gt_keys, ground_truth.box)
+    iou, gt = best_of_pairs(pairs, len(keys))
+
+    is_match = iou >= iou_threshold
+    is_ignored = np.zeros(len(is_match), dtype=bool)
+    is_ignored[is_match] = ground_truth.difficult[gt[is_match]]
+    counted_labels = ground_truth.label[~ground_truth.difficult]
     return Matches(
-        class_names=names,
-        num_images=len(targets),
-        iou_threshold=float(iou_threshold),
-        image=detections.images,
-        index=index[by_score],
-        label=detections.labels,
-        box=detections.boxes,
-        score=detections.scores,
-        truth=truth,
-        overlap=overlap,
-        true=first_claims(truth, matched & ~ignored),
-        ignored=ignored,
-        truth_image=ground_truth.images,
-        truth_index=_places(ground_truth.images),
-        truth_label=ground_truth.labels,
-        truth_box=ground_truth.boxes,
-        truth_difficult=ground_truth.difficult,
-        num_ground_truth=np.bincount(
-            ground_truth.labels[~ground_truth.difficult], minlength=len(names)
-        ),
+        class_names=class_names,
+        num_images=num_images,
+        iou_threshold=iou_threshold,
+        **vars(detections),
+        gt=gt,
+        iou=iou,
+        is_tp=first_claims(gt, is_match & ~is_ignored),
+        is_ignored=is_ignored,
+        **{f"gt_{name}": column for name, column in vars(ground_truth).items()},
+        num_ground_truth=np.bincount(counted_labels, minlength=num_classes),
     )
 
 
@@ -173,89 +215,98 @@ def match_detections(
 # ---------------------------------------------------------------------------------------
 
 
-def pair_up(keys: np.ndarray, truth_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of a detection and a ground truth box with equal keys, detection after detection.
+def overlapping_pairs(
+    keys: np.ndarray, boxes: np.ndarray, gt_keys: np.ndarray, gt_boxes: np.ndarray
+) -> Pairs:
+    """Return all pairs of a detection and a ground truth box that overlap and have equal keys.
 
     Args:
-        keys: (K,) whole numbers, one a detection.
-        truth_keys: (M,) one a ground truth box.
-
-    Returns:
-        How many pairs each detection has (K,), and the box of each pair (P,); a detection's boxes
-        are in rising order.
+        keys: (K,) whole numbers, one per detection, such as its image.
+        boxes: (K, 4) of the detections.
+        gt_keys: (M,) one per ground truth box.
+        gt_boxes: (M, 4).
     """
-    # With the ground truth sorted by key, a detection's candidates are one slice, and a stable
-    # sort leaves them in the order of the file.
-    order = np.argsort(truth_keys, kind="stable")
-    truth_keys = truth_keys[order]
-    first = np.searchsorted(truth_keys, keys, side="left")  # (K,)
-    counts = np.searchsorted(truth_keys, keys, side="right") - first  # (K,)
-    starts = np.cumsum(counts) - counts  # (K,) each detection's first pair
-    return counts, order[np.arange(counts.sum()) - np.repeat(starts - first, counts)]
+    # With the ground truth sorted by key, the candidates of a detection are one slice, and a
+    # stable sort leaves them in the order given.
+    order = np.argsort(gt_keys, kind="stable")
+    gt_keys = gt_keys[order]
+    first = np.searchsorted(gt_keys, keys, side="left")  # (K,)
+    counts = np.searchsorted(gt_keys, keys, side="right") - first  # (K,)
+    starts = np.cumsum(counts) - counts  # (K,) the first candidate pair of each detection
+    detection = np.repeat(np.arange(len(keys)), counts)  # (P,)
+    gt = order[np.arange(len(detection)) - np.repeat(starts - first, counts)]  # (P,)
+    iou = pair_iou(boxes[detection], gt_boxes[gt])
+    overlapping = np.flatnonzero(iou > 0)
+    return Pairs(detection[overlapping], gt[overlapping], iou[overlapping])
 
 
-def overlaps_of_pairs(
-    boxes: np.ndarray, truth_boxes: np.ndarray, counts: np.ndarray, pair_truth: np.ndarray
-) -> np.ndarray:
-    """IoU (P,) in inclusive pixels of the pairs of :func:`pair_up`; -1 where disjoint."""
-    return _overlaps(np.repeat(boxes, counts, axis=0), truth_boxes[pair_truth])
+def best_of_pairs(pairs: Pairs, num_detections: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the highest IoU of each detection, and the box it has it with: ``(K,)`` and ``(K,)``.
 
-
-def best_of_pairs(
-    overlaps: np.ndarray, counts: np.ndarray, pair_truth: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The overlap (K,) of each detection with the box it overlaps most, and that box's index (K,).
-
-    Of several equal overlaps the first. Both are -1 where a detection overlaps nothing.
+    Of several boxes with that IoU it is the first. Both are -1 for a detection without a pair.
     """
-    best = np.full(len(counts), -1.0)
-    match = np.full(len(counts), -1)
-    some = counts > 0  # reduceat knows no empty slices
-    starts = (np.cumsum(counts) - counts)[some]
-    best[some] = np.maximum.reduceat(overlaps, starts)
-    pairs = np.arange(len(overlaps))
-    winners = np.where(overlaps == np.repeat(best, counts), pairs, len(pairs))
-    match[some] = pair_truth[np.minimum.reduceat(winners, starts)]
-    match[best < 0] = -1
-    return best, match
+    best_iou, best_gt = np.full(num_detections, -1.0), np.full(num_detections, -1)
+    starts = np.flatnonzero(np.diff(pairs.detection, prepend=-1))  # first pair of each detection
+    detection = pairs.detection[starts]
+    best_iou[detection] = np.maximum.reduceat(pairs.iou, starts)
+    places = np.arange(len(pairs.iou))
+    is_best = pairs.iou == best_iou[pairs.detection]
+    first_best = np.minimum.reduceat(np.where(is_best, places, len(places)), starts)
+    best_gt[detection] = pairs.gt[first_best]
+    return best_iou, best_gt
 
 
-def first_claims(truth: np.ndarray, claiming: np.ndarray) -> np.ndarray:
-    """Which detection gets the box that it claims: of several claims of one box, the first.
+def first_claims(gt: np.ndarray, claiming: np.ndarray) -> np.ndarray:
+    """Return which detections get the ground truth box that they claim: the first for each box.
 
     Args:
-        truth: (K,) the box that each detection claims.
-        claiming: (K,) bool, those that do.
+        gt: (K,) the box that each detection claims.
+        claiming: (K,) bool, the detections that claim one.
 
     Returns:
         (K,) bool. With the detections sorted by score, the first claim has the highest score.
     """
     claims = np.flatnonzero(claiming)
-    _, first = np.unique(truth[claims], return_index=True)
-    granted = np.zeros(len(truth), dtype=bool)
+    _, first = np.unique(gt[claims], return_index=True)
+    granted = np.zeros(len(gt), dtype=bool)
     granted[claims[first]] = True
     return granted
 
 
-def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of box i with other i, in inclusive pixels: (P, 4), (P, 4) -> (P,); -1 where disjoint."""
-    top_left = np.maximum(boxes[:, :2], others[:, :2])
-    bottom_right = np.minimum(boxes[:, 2:], others[:, 2:])
-    width, height = (bottom_right - top_left + 1).T
-    intersection = width * height
-    union = _areas(boxes) + _areas(others) - intersection
-    # Two negative sides have a positive product, so both signs are looked at.
-    overlapping = (width > 0) & (height > 0)
-    return np.divide(intersection, union, out=np.full(len(boxes), -1.0), where=overlapping)
+def rank_in_group(keys: np.ndarray) -> np.ndarray:
+    """Return the place ``(K,)`` of each element among those with an equal key, from 0."""
+    order = np.argsort(keys, kind="stable")
+    sorted_keys = keys[order]
+    rank = np.empty(len(keys), dtype=np.int64)
+    rank[order] = np.arange(len(keys)) - np.searchsorted(sorted_keys, sorted_keys, side="left")
+    return rank
 
 
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
+def pair_iou(boxes: np.ndarray, others: np.ndarray, pixel: float = 1.0) -> np.ndarray:
+    """Return the IoU ``(P,)`` of box i with other i, both ``(P, 4)``; 0 where they are disjoint.
+
+    Args:
+        boxes, others: XYXY in pixels.
+        pixel: 1 where corners are the first and the last pixel of a box (VOC), 0 where they are
+            points (COCO).
+    """
+    intersection = pair_intersection(boxes, others, pixel)
+    union = box_area(boxes, pixel) + box_area(others, pixel) - intersection
+    return np.divide(intersection, union, out=np.zeros(len(boxes)), where=intersection > 0)
 
 
-def _places(images: np.ndarray) -> np.ndarray:
-    """(K,) sorted image indices -> (K,) the place of each element within its image."""
-    return np.arange(len(images)) - np.searchsorted(images, images, side="left")
+def pair_intersection(boxes: np.ndarray, others: np.ndarray, pixel: float = 1.0) -> np.ndarray:
+    """Return the area ``(P,)`` that box i has in common with other i; see ``pair_iou``."""
+    # Column by column, which is twice as fast as arrays of (P, 2).
+    left, top = (np.maximum(boxes[:, axis], others[:, axis]) for axis in (0, 1))
+    right, bottom = (np.minimum(boxes[:, axis], others[:, axis]) for axis in (2, 3))
+    # Two negative sides would have a positive product.
+    return np.maximum(right - left + pixel, 0) * np.maximum(bottom - top + pixel, 0)
+
+
+def box_area(boxes: np.ndarray, pixel: float = 1.0) -> np.ndarray:
+    """Return the areas ``(K,)`` of boxes ``(K, 4)``; see ``pair_iou``."""
+    return (boxes[:, 2] - boxes[:, 0] + pixel) * (boxes[:, 3] - boxes[:, 1] + pixel)
 
 
 # ---------------------------------------------------------------------------------------
@@ -263,9 +314,10 @@ def _places(images: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------
 
 
-def gather_detections(predictions: Sequence[Mapping[str, Any]], num_classes: int) -> Detections:
+def gather_detections(predictions: Sequence[Mapping[str, Any]], num_classes: int) -> _Detections:
+    """Check the predictions of all images and join them."""
     images, labels, boxes = _gather_boxes(predictions, "predictions", ("scores",), num_classes)
-    scores = _concatenate([prediction["scores"] for prediction in predictions])
+    scores = concatenate([prediction["scores"] for prediction in predictions])
     scores = scores.astype(np.float64, copy=False)
     wrong = np.flatnonzero(~np.isfinite(scores))
     if len(wrong):
@@ -273,27 +325,28 @@ def gather_detections(predictions: Sequence[Mapping[str, Any]], num_classes: int
             f"predictions[{images[wrong[0]]}] has a score {scores[wrong[0]]}; scores must be "
             "finite: look for NaN in the network's output"
         )
-    return Detections(images, labels, boxes, scores)
+    return _Detections(images, rank_in_group(images), labels, boxes, scores)
 
 
-def gather_ground_truth(targets: Sequence[Mapping[str, Any]], num_classes: int) -> GroundTruth:
+def gather_ground_truth(targets: Sequence[Mapping[str, Any]], num_classes: int) -> _GroundTruth:
+    """Check the targets of all images and join them."""
     images, labels, boxes = _gather_boxes(targets, "targets", (), num_classes)
     difficult = np.zeros(len(images), dtype=bool)
     flagged = np.array([target.get("difficult") is not None for target in targets], dtype=bool)
     if flagged.any():
-        flags = [targets[index]["difficult"] for index in np.flatnonzero(flagged)]
-        difficult[flagged[images]] = _concatenate(flags)
-    return GroundTruth(images, labels, boxes, difficult)
+        flags = [targets[index]["difficult"] for index in np.flatnonzero(flagged).tolist()]
+        difficult[flagged[images]] = concatenate(flags)
+    return _GroundTruth(images, rank_in_group(images), labels, boxes, difficult)
 
 
 def _gather_boxes(
     items: Sequence[Mapping[str, Any]], what: str, more_keys: tuple[str, ...], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Check the shapes and values of all images, join them: image index, labels, boxes."""
-    sizes = [_check_shapes(item, f"{what}[{index}]", more_keys) for index, item in enumerate(items)]
+    """Check the shapes and values of all images and join them: image indices, labels, boxes."""
+    sizes = [check_shapes(item, f"{what}[{index}]", more_keys) for index, item in enumerate(items)]
     images = np.repeat(np.arange(len(items)), np.array(sizes, dtype=np.int64))
 
-    given = _concatenate([item["labels"] for item in items])
+    given = concatenate([item["labels"] for item in items])
     with np.errstate(invalid="ignore"):  # NaN is reported below
         labels = given.astype(np.int64)
     wrong = np.flatnonzero((labels != given) | (labels < 0) | (labels >= num_classes))
@@ -303,7 +356,7 @@ def _gather_boxes(
             f"0..{num_classes - 1} for {num_classes} class names; remove padding (-1) and check "
             "that the class names are those of the data"
         )
-    boxes = _concatenate([item["boxes"] for item in items]).astype(np.float64, copy=False)
+    boxes = concatenate([item["boxes"] for item in items]).astype(np.float64, copy=False)
     boxes = boxes.reshape(-1, 4)
     good = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= boxes[:, :2]).all(axis=1)
     wrong = np.flatnonzero(~good)
@@ -315,8 +368,8 @@ def _gather_boxes(
     return images, labels, boxes
 
 
-def _check_shapes(item: Mapping[str, Any], what: str, more_keys: tuple[str, ...]) -> int:
-    """The number of boxes of one image, once its columns are known to fit together."""
+def check_shapes(item: Mapping[str, Any], what: str, more_keys: tuple[str, ...]) -> int:
+    """Return the number of boxes of one image after checking that its columns fit together."""
     if not isinstance(item, Mapping):
         raise ValueError(
             f"{what} must be a mapping with boxes and labels, got {type(item).__name__}"
@@ -341,7 +394,7 @@ def _check_shapes(item: Mapping[str, Any], what: str, more_keys: tuple[str, ...]
     return shape[0]
 
 
-def _concatenate(parts: list[Any]) -> np.ndarray:
+def concatenate(parts: list[Any]) -> np.ndarray:
     """Join the tensors or arrays of all images at once: one conversion, one transfer from a GPU."""
     if not parts:
         return np.empty(0)
@@ -359,15 +412,17 @@ def _to_array(value: Any) -> np.ndarray:
 
 
 def check_threshold(iou_threshold: float) -> None:
+    """Raise a ValueError for an IoU threshold outside 0..1."""
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in 0..1, got {iou_threshold}")
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """The names as a list, once they are known to be ones that the text format can hold.
+    """Return the names as a list after checking that the text format can hold them.
 
     Raises:
-        ValueError: a name that is empty, is there twice, or has a line break.
+        ValueError: a name that is empty, is there twice, begins or ends with a space, or has a line
+            break.
     """
     names = [] if isinstance(class_names, str | Mapping) else list(class_names)
     if not names or not all(isinstance(name, str) for name in names):

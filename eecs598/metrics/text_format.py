@@ -1,11 +1,14 @@
-"""A folder of text files, a pair for each image, as the script Cartucho/mAP has them."""
+"""Read and write a folder of text files: detections and ground truth of each image.
+
+The format is that of the script https://github.com/Cartucho/mAP.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ GROUND_TRUTH_FOLDER = "ground-truth"
 
 
 class TextFormat(NamedTuple):
-    """A folder of text files, as the functions on tensors take it."""
+    """What a folder of text files holds, in the form that ``match_detections`` takes."""
 
     image_names: list[str]  # file names without ".txt", in the order of the images below
     predictions: list[dict[str, torch.Tensor]]  # boxes (K, 4) float64, labels, scores float64
@@ -29,7 +32,7 @@ class TextFormat(NamedTuple):
 
 
 def read_text_format(folder: str | os.PathLike[str]) -> TextFormat:
-    """Read a folder of text files, one pair of files an image.
+    """Read a folder of text files, one pair of files per image.
 
     ``folder/ground-truth/NAME.txt`` has lines ``class x1 y1 x2 y2``, with ``difficult`` at the end
     for a difficult box; ``folder/detection-results/NAME.txt`` has ``class score x1 y1 x2 y2``.
@@ -38,29 +41,30 @@ def read_text_format(folder: str | os.PathLike[str]) -> TextFormat:
     warning says so.
 
     Args:
-        folder: holds the two folders above; :func:`write_text_format` writes such a folder.
+        folder: holds the two folders above, as ``write_text_format`` writes them.
 
     Returns:
-        Names, predictions and targets of all images, and the classes. Numbers are float64, so that
-        they are those of the files.
+        Names, predictions and targets of all images, and the classes. Numbers are float64, which
+        keeps every digit of the files.
 
     Raises:
-        ValueError: for a missing folder, detections without a ground truth file, a malformed line,
+        ValueError: a missing folder, detections without a ground truth file, a malformed line,
             or files that are all empty.
     """
     return read_folder(Path(folder))
 
 
 def read_folder(folder: Path) -> TextFormat:
-    truth_folder, detection_folder = folder / GROUND_TRUTH_FOLDER, folder / DETECTIONS_FOLDER
-    files, detection_files = _list_text_files(truth_folder), _list_text_files(detection_folder)
+    """Read as ``read_text_format``; a warning points at the caller of the public function."""
+    gt_folder, detection_folder = folder / GROUND_TRUTH_FOLDER, folder / DETECTIONS_FOLDER
+    files, detection_files = _list_text_files(gt_folder), _list_text_files(detection_folder)
     if not files:
-        raise ValueError(f"{truth_folder} has no .txt file; write one for every image")
+        raise ValueError(f"{gt_folder} has no .txt file; write one for every image")
     strangers = sorted(set(detection_files) - set(files))
     if strangers:
         raise ValueError(
             f"{_enumerate(strangers)} in {detection_folder} without a file of that name in "
-            f"{truth_folder}; write a ground truth file for every image (empty where it shows no "
+            f"{gt_folder}; write a ground truth file for every image (empty where it shows no "
             "object), or remove the detections of images that are not to be scored"
         )
     missing = sorted(set(files) - set(detection_files))
@@ -68,31 +72,32 @@ def read_folder(folder: Path) -> TextFormat:
         warnings.warn(
             f"{_enumerate(missing)} missing in {detection_folder}: scored as images without "
             "detections, all their boxes missed",
-            stacklevel=3,  # the caller of the public function
+            stacklevel=3,
         )
 
-    truths = _read_lines(truth_folder, files, with_score=False)
-    found = _read_lines(detection_folder, files, with_score=True, skip=set(missing))
-    names = sorted({*truths.names, *found.names})
+    gt_lines = _read_lines(gt_folder, files, with_score=False)
+    detection_lines = _read_lines(detection_folder, files, with_score=True, skip=set(missing))
+    names = sorted({*gt_lines.names, *detection_lines.names})
     if not names:
         raise ValueError(f"the {len(files)} images of {folder} have no ground truth box at all")
     index = {name: label for label, name in enumerate(names)}
-    truth_values = np.array(truths.values, dtype=np.float64).reshape(-1, 4)
-    values = np.array(found.values, dtype=np.float64).reshape(-1, 5)  # score, x1, y1, x2, y2
+    gt_values = np.array(gt_lines.values, dtype=np.float64).reshape(-1, 4)
+    # Columns score, x1, y1, x2, y2.
+    values = np.array(detection_lines.values, dtype=np.float64).reshape(-1, 5)
     targets = {
-        "boxes": truth_values,
-        "labels": np.array([index[name] for name in truths.names], dtype=np.int64),
-        "difficult": np.array(truths.difficult, dtype=bool),
+        "boxes": gt_values,
+        "labels": np.array([index[name] for name in gt_lines.names], dtype=np.int64),
+        "difficult": np.array(gt_lines.difficult, dtype=bool),
     }
     predictions = {
         "boxes": values[:, 1:],
-        "labels": np.array([index[name] for name in found.names], dtype=np.int64),
+        "labels": np.array([index[name] for name in detection_lines.names], dtype=np.int64),
         "scores": values[:, 0],
     }
     return TextFormat(
         [file.removesuffix(".txt") for file in files],
-        _split_by_image(predictions, found.images, len(files)),
-        _split_by_image(targets, truths.images, len(files)),
+        _split_by_image(predictions, detection_lines.images, len(files)),
+        _split_by_image(targets, gt_lines.images, len(files)),
         names,
     )
 
@@ -104,20 +109,21 @@ def write_text_format(
     target: Mapping[str, Any],
     class_names: Sequence[str],
 ) -> None:
-    """Write the pair of files of one image, in the format that :func:`score_folder` reads.
+    """Write the pair of files of one image, in the format that ``read_text_format`` reads.
 
-    Numbers keep all their digits, so that a folder scores exactly as the tensors it was written
-    from, as long as the images have the order of their file names.
+    Numbers keep all their digits: a folder scores exactly as the tensors that it was written from,
+    as long as the images have the order of their file names.
 
     Args:
-        folder: gets ``detection-results/NAME.txt`` and ``ground-truth/NAME.txt``; made if absent.
+        folder: where to write ``detection-results/NAME.txt`` and ``ground-truth/NAME.txt``; made
+            if absent.
         name: the image's name, without a folder.
         prediction: ``boxes`` (K, 4), ``labels`` (K,), ``scores`` (K,); K may be 0.
         target: ``boxes`` (M, 4), ``labels`` (M,), optionally ``difficult`` (M,) bool; M may be 0.
         class_names: the C names; ``class_names[label]`` names a label.
 
     Raises:
-        ValueError: for input that is not as above, or names that the format cannot hold.
+        ValueError: input that is not as above, or names that the format cannot hold.
     """
     if not name or "\0" in name or Path(name).name != name:
         raise ValueError(f"the image name {name!r} cannot name a file; pass it without a folder")
@@ -128,16 +134,16 @@ def write_text_format(
     detection_lines = [
         f"{names[label]} {score!r} {_format_box(box)}\n"
         for label, score, box in zip(
-            detections.labels, detections.scores.tolist(), detections.boxes.tolist(), strict=True
+            detections.label, detections.score.tolist(), detections.box.tolist(), strict=True
         )
     ]
-    truth_lines = [
+    gt_lines = [
         f"{names[label]} {_format_box(box)}{' difficult' if difficult else ''}\n"
         for label, box, difficult in zip(
-            ground_truth.labels, ground_truth.boxes.tolist(), ground_truth.difficult, strict=True
+            ground_truth.label, ground_truth.box.tolist(), ground_truth.difficult, strict=True
         )
     ]
-    for kind, lines in ((DETECTIONS_FOLDER, detection_lines), (GROUND_TRUTH_FOLDER, truth_lines)):
+    for kind, lines in ((DETECTIONS_FOLDER, detection_lines), (GROUND_TRUTH_FOLDER, gt_lines)):
         with replacing(Path(folder) / kind / f"{name}.txt") as unfinished:
             unfinished.write_text("".join(lines), encoding="utf-8", newline="\n")
 
@@ -155,7 +161,7 @@ def _list_text_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is not a folder; scoring needs a folder that holds {GROUND_TRUTH_FOLDER}/ "
-            f"and {DETECTIONS_FOLDER}/ with one .txt file an image in each"
+            f"and {DETECTIONS_FOLDER}/ with one .txt file per image in each"
         )
     names = (name for name in os.listdir(folder) if name.endswith(".txt"))
     # A killed process leaves what it began to write under a hidden name.
@@ -163,7 +169,7 @@ def _list_text_files(folder: Path) -> list[str]:
 
 
 def _read_lines(
-    folder: Path, files: list[str], with_score: bool, skip: set[str] = frozenset()
+    folder: Path, files: list[str], with_score: bool, skip: Set[str] = frozenset()
 ) -> _Lines:
     lines = _Lines([], [], [], [])
     for image, file in enumerate(files):
@@ -197,7 +203,10 @@ def _read_lines(
 
 
 def _parse_line(line: str, with_score: bool) -> tuple[str, list[float], bool]:
-    """Split a line from the right, because the class name on its left may contain spaces."""
+    """Split a line into class, numbers and difficult flag.
+
+    It is split from the right, because the class name on the left may contain spaces.
+    """
     difficult = False
     if not with_score:
         rest, *last = line.rsplit(None, 1)
@@ -214,7 +223,7 @@ def _parse_line(line: str, with_score: bool) -> tuple[str, list[float], bool]:
 def _split_by_image(
     columns: dict[str, np.ndarray], images: list[int], num_images: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Cut the columns of all images, in image order, into one mapping an image."""
+    """Cut the columns of all images, in image order, into one mapping per image."""
     sizes = np.bincount(np.array(images, dtype=np.int64), minlength=num_images).tolist()
     parts = (torch.from_numpy(column).split(sizes) for column in columns.values())
     return [dict(zip(columns, image, strict=True)) for image in zip(*parts, strict=True)]

@@ -6,7 +6,10 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from eecs598.metrics.matching import Matches
 
 FAR = "60 60 69 69"  # overlaps nothing near the origin
 NAMES = ["dog", "cat", "dining table", "unicorn"]  # not sorted: results keep this order
@@ -206,3 +209,8 @@ def one_image(**changes) -> tuple[list[dict], list[dict], list[str]]:
         where, key = name.split("_")
         {"prediction": prediction, "target": target}[where][key] = value
     return [prediction], [target], ["cat", "dog"]
+
+
+def status(matches: Matches) -> list[str]:
+    """A word for each detection: "true", "false" or "ignored"."""
+    return np.select([matches.is_tp, matches.is_ignored], ["true", "ignored"], "false").tolist()

@@ -30,6 +30,7 @@ from tests.metrics.examples import (
     random_images,
     row_of_boxes,
     slow_score,
+    status,
     write_folder,
 )
 
@@ -180,7 +181,7 @@ def test_eleven_points_agree_with_fractions(tmp_path):
         matches = match_detections(*call)
         for name, ap in result["AP"].items():
             label = call[-1].index(name)
-            words = matches.status[matches.label == label].tolist()
+            words = np.array(status(matches))[matches.label == label].tolist()
             points, true, false = [], 0, 0
             for word in words:
                 true, false = true + (word == "true"), false + (word == "false")
@@ -206,7 +207,7 @@ def test_precision_recall_curve_by_hand():
     # True, then a true and a false one of equal score, false, true; 4 boxes.
     boxes = row_of_boxes(9)[[0, 7, 1, 8, 2]]
     predictions, targets, names = one_class(boxes, 4, [0.75, 0.5, 0.5, 0.25, 0.125])
-    curve = precision_recall_curves(predictions, targets, names)["cat"]
+    curve = precision_recall_curves(match_detections(predictions, targets, names))["cat"]
     assert curve.scores.tolist() == [0.75, 0.5, 0.25, 0.125]
     assert curve.recall.tolist() == [1 / 4, 2 / 4, 2 / 4, 3 / 4]
     assert curve.precision.tolist() == [1, 2 / 3, 2 / 4, 3 / 5]
@@ -217,7 +218,7 @@ def test_precision_recall_curve_by_hand():
     # Without the last, 4/7 is best, at the score of a tie; its order does not matter.
     for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
         fewer = [{key: value[order] for key, value in predictions[0].items()}]
-        curve = precision_recall_curves(fewer, targets, names)["cat"]
+        curve = precision_recall_curves(match_detections(fewer, targets, names))["cat"]
         assert (curve.best_f1, curve.best_f1_threshold) == (4 / 7, 0.5)
         assert curve.recall.tolist() == [1 / 4, 2 / 4, 2 / 4]
 
@@ -234,7 +235,8 @@ def test_precision_recall_curves_of_special_classes():
         "labels": torch.tensor([1, 1, 0, 2]),
         "difficult": torch.tensor([True, False, False, False]),
     }
-    curves = precision_recall_curves([prediction], [target], ["cat", "dog", "cow", "ghost"])
+    matches = match_detections([prediction], [target], ["cat", "dog", "cow", "ghost"])
+    curves = precision_recall_curves(matches)
     assert list(curves) == ["cat", "dog", "cow"]
     assert len(curves["cat"].recall) == len(curves["cat"].scores) == 0
     assert (curves["cat"].best_f1, curves["cat"].best_f1_threshold) == (0.0, None)
@@ -246,7 +248,8 @@ def test_precision_recall_curves_of_special_classes():
 
 def test_the_threshold_of_the_best_f1_gives_it():
     predictions, targets = random_images(5)
-    for label, curve in enumerate(precision_recall_curves(predictions, targets, NAMES).values()):
+    curves = precision_recall_curves(match_detections(predictions, targets, NAMES))
+    for label, curve in enumerate(curves.values()):
         kept = [
             {key: value[image["scores"] >= curve.best_f1_threshold] for key, value in image.items()}
             for image in predictions

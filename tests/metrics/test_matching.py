@@ -9,7 +9,7 @@ import torch
 from eecs598.metrics.average_precision import average_precision, precision_recall_curves
 from eecs598.metrics.matching import match_detections
 from eecs598.metrics.text_format import write_text_format
-from tests.metrics.examples import NAMES, one_image, random_images, row_of_boxes
+from tests.metrics.examples import NAMES, one_image, random_images, row_of_boxes, status
 
 
 def test_matches_of_two_images():
@@ -40,35 +40,68 @@ def test_matches_of_two_images():
     assert matches.image.tolist() == [0, 1, 0, 0, 1, 0, 0]
     assert matches.index.tolist() == [3, 0, 1, 0, 1, 2, 4]
     assert matches.label.tolist() == [0, 1, 0, 0, 0, 0, 0]
-    assert matches.status.tolist() == ["true", "false", "true", "false", "true", "ignored", "false"]
-    assert matches.truth.tolist() == [0, -1, 1, 0, 3, 2, -1]
-    assert matches.overlap.tolist() == pytest.approx([1, -1, 0.6, 1, 1, 1, -1])
-    assert matches.matched.tolist() == [True, False, True, True, True, True, False]
-    assert np.array_equal(matches.false, matches.status == "false")
+    assert status(matches) == ["true", "false", "true", "false", "true", "ignored", "false"]
+    assert matches.gt.tolist() == [0, -1, 1, 0, 3, 2, -1]
+    assert matches.iou.tolist() == pytest.approx([1, -1, 0.6, 1, 1, 1, -1])
+    assert matches.is_match.tolist() == [True, False, True, True, True, True, False]
+    assert matches.is_fp.tolist() == [word == "false" for word in status(matches)]
     for detection, (image, index) in enumerate(zip(matches.image, matches.index, strict=True)):
         assert matches.box[detection].tolist() == predictions[image]["boxes"][index].tolist()
-    assert matches.truth_image.tolist() == [0, 0, 0, 1, 1]
-    assert matches.truth_index.tolist() == [0, 1, 2, 0, 1]
-    assert matches.truth_found.tolist() == [True, True, False, True, False]
+    assert matches.gt_image.tolist() == [0, 0, 0, 1, 1]
+    assert matches.gt_index.tolist() == [0, 1, 2, 0, 1]
+    assert matches.gt_found.tolist() == [True, True, False, True, False]
     assert matches.num_ground_truth.tolist() == [4, 0]
     # A match by 60 % is none at 0.7, and is still what the detection overlaps most.
     stricter = match_detections(predictions, targets, ["cat", "dog"], 0.7)
-    assert stricter.truth.tolist() == matches.truth.tolist()
-    assert stricter.matched.tolist() == [True, False, False, True, True, True, False]
+    assert stricter.gt.tolist() == matches.gt.tolist()
+    assert stricter.is_match.tolist() == [True, False, False, True, True, True, False]
+
+
+def test_pairs_of_an_image_whatever_the_class():
+    box, half, apart = [0.0, 0, 9, 9], [0.0, 0, 9, 4], [40.0, 0, 49, 9]
+    predictions = [
+        {"boxes": np.array([half, box]), "labels": [0, 1], "scores": [0.5, 0.9]},
+        {"boxes": np.array([box]), "labels": [0], "scores": [0.7]},
+    ]
+    targets = [
+        {"boxes": np.array([box, apart, half]), "labels": [0, 0, 1]},
+        {"boxes": np.array([apart]), "labels": [0]},
+    ]
+    for image in (*predictions, *targets):
+        image.update({key: np.array(image[key]) for key in image})
+    matches = match_detections(predictions, targets, ["cat", "dog"])
+    pairs = matches.pairs
+    assert matches.pairs is pairs  # made once
+    # By score: the dog on the whole box, the other image's cat, the cat on the upper half.
+    assert pairs.detection.tolist() == [0, 0, 2, 2]
+    assert pairs.gt.tolist() == [0, 2, 0, 2]
+    assert pairs.iou.tolist() == [1, 0.5, 0.5, 1]
+    assert [column.tolist() for column in matches.pairs_of_class] == [[0, 2], [2, 0], [0.5, 0.5]]
+
+
+def test_other_boxes_of_the_same_detections():
+    predictions, targets = random_images(6)
+    matches = match_detections(predictions, targets, NAMES)
+    moved = [{**image, "boxes": image["boxes"].double() + 7} for image in predictions]
+    expected = match_detections(moved, targets, NAMES)
+    result = matches.with_boxes(matches.box + 7)
+    assert not np.array_equal(result.is_tp, matches.is_tp)
+    for name, values in vars(expected).items():
+        assert np.array_equal(getattr(result, name), values), name
 
 
 def test_nothing_to_match():
     nothing = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0), "scores": np.zeros(0)}
     for images in ([], [nothing]):
         matches = match_detections(images, images, ["cat"])
-        assert len(matches.score) == len(matches.truth_label) == 0
+        assert len(matches.score) == len(matches.gt_label) == 0
         assert matches.num_images == len(images)
         with pytest.raises(ValueError, match="no ground truth"):
-            precision_recall_curves(images, images, ["cat"])
+            precision_recall_curves(matches)
     predictions, targets, names = one_image()
     result = average_precision([nothing], targets, names)
     assert (result["mAP"], result["num_detections"]["cat"]) == (0, 0)
-    assert match_detections(predictions, [nothing], names).status.tolist() == ["false"]
+    assert status(match_detections(predictions, [nothing], names)) == ["false"]
 
 
 def test_kinds_of_input_give_one_result():
