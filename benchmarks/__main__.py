@@ -25,6 +25,7 @@ MODULES = (
     "roofline",
     "input_pipeline",
     "average_precision",
+    "report",
     "command_line",
 )
 PACKAGES = ("torch", "torchvision", "pillow", "faster-coco-eval", "pycocotools")

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eecs598.metrics import bootstrap_difference, read_text_format
+from eecs598.metrics import bootstrap_difference, match_detections, read_text_format
 
 ADAMW = ["--optimizer", "adamw", "--lr", "5e-4", "--weight-decay", "0.05"]
 # The row "AdamW and GIoU" without pretraining. SGD at 8e-3 ends in NaN from there.
@@ -133,14 +133,8 @@ def _scores(runs: list[Path]) -> list[float]:
 
 def _interval(run: Path, base: Path) -> str:
     """Return the interval of the difference of two runs, in points of mAP."""
-    ours, theirs = read_text_format(run), read_text_format(base)
-    result = bootstrap_difference(
-        ours.predictions,
-        theirs.predictions,
-        ours.targets,
-        ours.class_names,
-        targets_b=theirs.targets,
-    )
+    ours, theirs = (match_detections(*read_text_format(folder)[1:]) for folder in (run, base))
+    result = bootstrap_difference(ours, theirs)
     return f"{100 * result.low:+.1f} to {100 * result.high:+.1f}"
 
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ NUM_IMAGES, NUM_DETECTIONS, NUM_CLASSES = 2510, 24_000, 20
 
 
 def rows(device: str) -> Iterator[Row]:
-    """From tensors, where the peers' records are made and indexed before the clock starts, and from
-    files, where they read theirs, JSON.
+    """Time it from tensors and from files.
+
+    From tensors, the records of the peers are made and indexed before the clock starts; from files,
+    the peers read theirs, JSON.
     """
     predictions, targets = make_data()
     names = [f"class {label}" for label in range(NUM_CLASSES)]
@@ -36,7 +38,7 @@ def rows(device: str) -> Iterator[Row]:
         return _by_definition(predictions, targets)
 
     assert abs(by_definition() - ours()) < 1e-9
-    document, found = _coco_records(predictions, targets)
+    document, found = coco_records(predictions, targets)
     for peer in COCO_LIBRARIES:
         evaluate = _coco_evaluation(peer, document, found)
         _check_close(evaluate(), ours())
@@ -47,14 +49,14 @@ def rows(device: str) -> Iterator[Row]:
 
 
 def make_data() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Objects, and detections of which about half lie near one."""
+    """Return random detections and objects; about half of the detections lie near an object."""
     rng = np.random.default_rng(0)
     predictions, targets = [], []
     counts = rng.multinomial(NUM_DETECTIONS, [1 / NUM_IMAGES] * NUM_IMAGES)
     for count in counts.tolist():
-        objects = _random_boxes(rng, int(rng.integers(1, 6)))
+        objects = random_boxes(rng, int(rng.integers(1, 6)))
         labels = rng.integers(0, NUM_CLASSES, len(objects))
-        boxes, found = _random_boxes(rng, count), rng.integers(0, NUM_CLASSES, count)
+        boxes, found = random_boxes(rng, count), rng.integers(0, NUM_CLASSES, count)
         near = rng.random(count) < 0.5
         chosen = rng.integers(0, len(objects), count)
         boxes[near] = objects[chosen[near]] + rng.uniform(0, 12, (int(near.sum()), 4))
@@ -75,7 +77,8 @@ def make_data() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     return predictions, targets
 
 
-def _random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Return boxes (count, 4) in images of 320 x 320 pixels."""
     corners = rng.uniform(0, 200, (count, 2))
     return np.hstack([corners, corners + rng.uniform(20, 120, (count, 2))])
 
@@ -89,7 +92,7 @@ def _from_files(
 ) -> Iterator[Row]:
     for image, items in enumerate(zip(predictions, targets, strict=True)):
         write_text_format(folder / "text", f"{image:05}", *items, names)
-    document, found = _coco_records(predictions, targets)
+    document, found = coco_records(predictions, targets)
     (folder / "truth.json").write_text(json.dumps(document))
     (folder / "found.json").write_text(json.dumps(found))
 
@@ -107,7 +110,7 @@ def _from_files(
 
 
 def _check_close(theirs: float, ours: float) -> None:
-    """COCO samples precision at 101 recalls, and its boxes are narrower by a pixel."""
+    """Allow for COCO's 101 recalls, and its boxes that are narrower by a pixel."""
     assert abs(theirs - ours) < 0.02, f"{theirs} and {ours}: not the same data"
 
 
@@ -115,11 +118,12 @@ COCO_LIBRARIES = ("faster-coco-eval", "pycocotools")
 
 
 def _coco_evaluation(library: str, truth: Any, found: Any) -> Callable[[], float]:
-    """COCO's evaluation at one IoU threshold by one of the libraries; gives the mAP.
+    """Return a function that runs COCO's evaluation at one IoU threshold and returns the mAP.
 
     Args:
         library: one of COCO_LIBRARIES.
-        truth, found: records, or files of them.
+        truth: records of the ground truth, or a file of them.
+        found: the same for the detections.
     """
     if library == "pycocotools":
         from pycocotools.coco import COCO
@@ -151,24 +155,24 @@ def _coco_evaluation(library: str, truth: Any, found: Any) -> Callable[[], float
     return evaluate
 
 
-def _coco_records(
-    predictions: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]
+def coco_records(
+    predictions: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ground truth and detections as COCO has them."""
+    """Return ground truth and detections in the format of COCO."""
     truth = _records(targets)
     for record in truth:
-        record.update(iscrowd=0, area=record["bbox"][2] * record["bbox"][3])
+        record["iscrowd"] = 0
     document = {
         "info": {},
-        "images": [{"id": image, "width": 400, "height": 400} for image in range(NUM_IMAGES)],
+        "images": [{"id": image, "width": 400, "height": 400} for image in range(len(targets))],
         "categories": [{"id": label, "name": str(label)} for label in range(NUM_CLASSES)],
         "annotations": truth,
     }
     return document, _records(predictions)
 
 
-def _records(items: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
-    records = []
+def _records(items: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
     for image, item in enumerate(items):
         scores = item.get("scores", torch.ones(len(item["boxes"])))
         for box, label, score in zip(
@@ -176,12 +180,14 @@ def _records(items: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
         ):
             x1, y1, x2, y2 = box
             record = {"id": len(records) + 1, "image_id": image, "category_id": label}
-            records.append({**record, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
+            width, height = x2 - x1, y2 - y1
+            record |= {"bbox": [x1, y1, width, height], "area": width * height, "score": score}
+            records.append(record)
     return records
 
 
 def _by_definition(predictions: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> float:
-    """The mAP as one would write it down, one detection at a time."""
+    """Return the mAP by the definition, one detection at a time."""
     areas = []
     for label in range(NUM_CLASSES):
         truth = {

@@ -31,7 +31,6 @@ __all__ = [
     "add_options",
     "evaluate",
     "export_text",
-    "mean_average_precision",
     "print_results",
     "run",
     "write_report",
@@ -166,14 +165,6 @@ def evaluate(
         )
 
 
-def mean_average_precision(evaluation: Evaluation) -> float:
-    """Return the mAP at IoU 0.5, from 0 to 1."""
-    from eecs598.metrics import average_precision
-
-    metrics = average_precision(evaluation.predictions, evaluation.targets, evaluation.class_names)
-    return metrics["mAP"]
-
-
 def export_text(evaluation: Evaluation, folder: Path) -> None:
     """Write detections and ground truth as the text files that ``fcos score`` reads."""
     from eecs598.metrics import image_names, write_text_format
@@ -205,7 +196,7 @@ def write_report(
     from eecs598 import report
     from eecs598.runtime import describe_environment, write_json
 
-    analysis = report.analyse(evaluation)
+    analysis = report.analyze(evaluation)
     environment = describe_environment()
     metrics = {**analysis.metrics, **facts, "environment": environment}
     if comparison is not None:
@@ -242,5 +233,5 @@ def print_results(metrics: dict[str, Any], comparison: Comparison | None = None)
             f"{100 * result.low:+.2f} to {100 * result.high:+.2f}: "
             + ("more than chance explains" if result.exceeds else "may be chance")
         )
-    for smell in metrics["smells"]:
-        print(f"warning: {smell}", file=sys.stderr)
+    for message in metrics["diagnostics"]:
+        print(f"warning: {message}", file=sys.stderr)

@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the metrics of a folder, draw them, and warn of what looks wrong."""
     from eecs598.metrics import (
-        find_folder_smells,
+        find_folder_diagnostics,
         format_table,
         plot_average_precision,
         score_folder,
@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.json, metrics)
     figure = args.figure if args.figure is not None else Path(args.folder) / "ap.png"
     plot_average_precision(metrics, figure)
-    for smell in find_folder_smells(args.folder):
-        print(f"warning: {smell.message}", file=sys.stderr)
+    for diagnostic in find_folder_diagnostics(args.folder):
+        print(f"warning: {diagnostic.message}", file=sys.stderr)

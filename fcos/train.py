@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos.data import describe_contents, generated_shapes
-from fcos.evaluate import evaluate, export_text, mean_average_precision, print_results, write_report
+from fcos.evaluate import evaluate, export_text, print_results, write_report
 from fcos.options import (
     EVAL_NMS_THRESH,
     add_machine_options,
@@ -91,7 +91,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
     from a4_helper import VOC2007DetectionTiny, train_detector
     from eecs598 import reset_seed
     from eecs598.data import TrainingSampler, TrainingSet, load_instances
-    from eecs598.metrics import plot_average_precision
+    from eecs598.metrics import plot_average_precision, score_matches
     from eecs598.runtime import (
         folder_lock,
         gather,
@@ -141,7 +141,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
     def validate(model: FCOS) -> float:
         nonlocal evaluation
         evaluation = evaluate(model, val_set, workers, device)
-        return mean_average_precision(evaluation)
+        return score_matches(evaluation.matches)["mAP"]
 
     training_run = TrainingRun(
         out,

@@ -1,4 +1,4 @@
-"""Small evaluations for the tests of the metrics, the analysis and the report."""
+"""Small evaluations for the tests of the metrics, the analysis, the report and the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eecs598.metrics.average_precision import write_text_format
 from eecs598.metrics.evaluation import Evaluation, image_names
+from eecs598.metrics.text_format import write_text_format
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
 # One detection of each kind.
@@ -26,13 +26,13 @@ DETECTIONS = {  # image -> box, label and score of each detection
         ([60, 60, 90, 90], 0, 0.7),  # class
     ],
     "second": [
-        ([20, 20, 80, 45], 0, 0.6),  # localisation
+        ([20, 20, 80, 45], 0, 0.6),  # localization
         ([20, 20, 80, 40], 1, 0.5),  # both
     ],
     "third": [],  # missed
     "fourth": [([0, 0, 30, 30], 1, 0.4)],  # background
 }
-KINDS = {"duplicate", "class", "localisation", "both", "missed", "background"}
+KINDS = {"duplicate", "class", "localization", "both", "missed", "background"}
 
 
 def one_image(detections: list[tuple], truths: list[tuple]) -> tuple[dict, dict]:

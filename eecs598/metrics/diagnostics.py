@@ -1,72 +1,65 @@
-"""Known smells of a detector's results, in words.
+"""Diagnostics: known faults of a detector that show in its results, explained in words.
 
 A number such as mAP says that something is wrong, not what. Mirrored or shifted boxes, coordinates
 in another scale, a class that is never predicted: each leaves a trace that can be measured, and
-each has usual causes. A good detector shows none of them, and neither does one that is only weak:
-an effect has to be large and beyond chance before it is called out.
+each has usual causes. A good detector has none of them, and neither has one that is only weak: an
+effect has to be large and beyond chance before it is reported.
 
-    from eecs598.metrics.diagnostics import find_folder_smells, find_smells
+    from eecs598.metrics import find_diagnostics, match_detections
 
-    for smell in find_smells(predictions, targets, class_names, image_sizes=sizes):
-        print(smell.message)
+    matches = match_detections(predictions, targets, class_names)
+    for diagnostic in find_diagnostics(matches, image_sizes):
+        print(diagnostic.message)
 
-Symbols: K detections, M ground truth boxes, C classes, P pairs of a detection and an object. Boxes
-are XYXY in pixels.
+Objects are all ground truth boxes, difficult ones among them. Symbols: B images, K detections, M
+objects, C classes, P pairs of a detection and an object. Boxes are XYXY in pixels.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision.ops import box_iou
 
-from eecs598.metrics.average_precision import (
-    DETECTIONS_FOLDER,
-    GROUND_TRUTH_FOLDER,
-    average_precision,
-    read_text_format,
+from eecs598.metrics.average_precision import score_matches
+from eecs598.metrics.matching import (
+    Matches,
+    Pairs,
+    best_of_pairs,
+    check_shapes,
+    concatenate,
+    first_claims,
+    pair_iou,
+    rank_in_group,
 )
 
-__all__ = ["Smell", "find_folder_smells", "find_smells"]
-
-# Effects that a detector without fault has by chance less than once in ten thousand times.
+# A detector without faults has such an effect by chance less than once in ten thousand times.
 SIGNIFICANT = 4.0  # standard deviations
 MIN_PAIRS = 30
 
 # Usual thresholds: of average precision, and of the assignment's evaluation and pictures.
 LOWEST_THRESHOLD, USUAL_THRESHOLD = 0.05, 0.4
 
-MIN_OBJECTS = 5  # of a class, before one wonders why it is never predicted
+MIN_OBJECTS = 5  # of a class, before it is reported as never predicted
 LOOSE_IOU = 0.1
 MIN_SHIFT = 0.05  # of the object's size; a weak detector stays below
 MIN_SHIFT_PIXELS = 1.0  # less comes from whole-numbered annotations
 MIN_SCALE = 1.2
 MIN_CORRELATION, MIN_DIFFERENCE = 0.2, 0.1
 
-WHERE_PLACES = (
-    "Look at the order in which the head's maps are flattened and at that of the locations "
-    "(tests/test_location_order.py shows how to prove that they agree), and draw a few detections."
-)
-
 
 @dataclass(frozen=True)
-class Smell:
-    """Something in the results that is hardly right.
+class Diagnostic:
+    """Something in the results that is very likely a fault.
 
     Attributes:
         name: for programs, such as ``"mirrored_diagonal"``.
         message: what is seen, with numbers; what usually causes it; where to look.
-        severity: ``"error"`` where the metrics can't be believed, ``"warning"`` where they may be
-            right and the detector is what is wrong.
+        severity: ``"error"`` where the metrics can't be trusted, ``"warning"`` where they may be
+            right and the fault is in the detector.
     """
 
     name: str
@@ -74,140 +67,104 @@ class Smell:
     severity: Literal["error", "warning"]
 
 
-class _Image(NamedTuple):
-    """Detections and ground truth of an image, in float64 on the CPU."""
-
-    boxes: Tensor  # (K, 4)
-    labels: Tensor  # (K,)
-    scores: Tensor  # (K,)
-    true_boxes: Tensor  # (M, 4)
-    true_labels: Tensor  # (M,)
-    size: Tensor  # (2,) width, height
-
-
-def find_smells(
-    predictions: Sequence[Mapping[str, Any]],
-    targets: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
-    *,
-    image_sizes: Sequence[tuple[int, int]],
-) -> list[Smell]:
-    """Look for known smells in the detections of a data set.
-
-    Unlike ``eecs598.metrics`` it takes scores and boxes that are no numbers, since that is one of
-    the smells.
+def find_diagnostics(matches: Matches, image_sizes: Sequence[tuple[int, int]]) -> list[Diagnostic]:
+    """Look for known faults in the detections of a data set.
 
     Args:
-        predictions: one mapping an image, of tensors or arrays ``boxes`` (K, 4) XYXY in pixels,
-            ``labels`` (K,) in 0..C-1 and ``scores`` (K,).
-        targets: the same for the ground truth: ``boxes`` (M, 4) and ``labels`` (M,).
-        class_names: the C names.
+        matches: what ``match_detections`` returned. Predictions that it refuses can be given to
+            ``find_broken_numbers``.
         image_sizes: height and width of each image, in the pixels of the boxes.
 
     Returns:
-        What was found, the graver first; an empty list is a good sign.
+        What was found, errors before warnings; an empty list is a good sign.
 
     Raises:
-        ValueError: the three sequences have different lengths, or tensors of an image do.
+        ValueError: another number of sizes than of images.
 
     Example:
+        >>> import torch
+        >>> from eecs598.metrics import match_detections
         >>> boxes, labels = torch.tensor([[10.0, 10.0, 50.0, 50.0]]), torch.tensor([0])
         >>> predictions = [{"boxes": boxes, "labels": labels, "scores": torch.tensor([1.7])}]
-        >>> targets = [{"boxes": boxes, "labels": labels}]
-        >>> [s.name for s in find_smells(predictions, targets, ["cat"], image_sizes=[(60, 80)])]
+        >>> matches = match_detections(predictions, [{"boxes": boxes, "labels": labels}], ["cat"])
+        >>> [diagnostic.name for diagnostic in find_diagnostics(matches, [(60, 80)])]
         ['impossible_scores']
     """
-    if not len(predictions) == len(targets) == len(image_sizes):
+    if len(image_sizes) != matches.num_images:
         raise ValueError(
-            f"got predictions of {len(predictions)} images, targets of {len(targets)} and "
-            f"{len(image_sizes)} image sizes; pass one of each for every image, in the same order."
+            f"got detections of {matches.num_images} images and {len(image_sizes)} image sizes; "
+            "pass one size for every image, in the same order."
         )
-    images = [_joined(*each) for each in zip(predictions, targets, image_sizes, strict=True)]
-    smells = _broken_numbers(images)
-    images = [_without_broken(image) for image in images]
-    smells += _scores_and_classes(images, class_names)
-    extents = _extents(images)
-    correlation, num_pairs = _place_correlation(images)
-    mirrored = _mirrored(images, class_names, correlation, num_pairs)
-    smells += extents + mirrored
+    sizes = np.array(image_sizes, dtype=np.float64).reshape(-1, 2)[:, ::-1]  # width, height
+    extents = _extents(matches, sizes)
+    correlation, num_pairs = _place_correlation(matches, sizes)
+    mirrored = _mirrored(matches, sizes, correlation, num_pairs)
+    found = [
+        *_broken_numbers(matches.score, matches.box),
+        *_scores_and_classes(matches),
+        *extents,
+        *mirrored,
+    ]
     # Only detections that follow their objects can be off them in one direction.
-    follow = _follow(correlation.diag().min().item(), num_pairs)
+    follow = _follow(correlation.diagonal().min(), num_pairs)
     if follow and not extents and not mirrored:
-        smells += _shifted_or_scaled(images)
-    return sorted(smells, key=lambda smell: smell.severity)  # "error" before "warning"
-
-
-def _joined(
-    prediction: Mapping[str, Any], target: Mapping[str, Any], size: tuple[int, int]
-) -> _Image:
-    image = _Image(
-        _column(prediction["boxes"]).reshape(-1, 4),
-        _column(prediction["labels"]).long(),
-        _column(prediction["scores"]),
-        _column(target["boxes"]).reshape(-1, 4),
-        _column(target["labels"]).long(),
-        torch.tensor([size[1], size[0]], dtype=torch.float64),
-    )
-    counts = [len(column) for column in image[:5]]
-    if len(set(counts[:3])) > 1 or counts[3] != counts[4]:
-        raise ValueError(
-            f"an image has {counts[0]} predicted boxes, {counts[1]} labels and {counts[2]} scores, "
-            f"{counts[3]} true boxes and {counts[4]} labels; each box needs one of each."
-        )
-    return image
-
-
-def _column(values: Any) -> Tensor:
-    return torch.as_tensor(values).detach().cpu().double()
+        found += _shifted_or_scaled(matches)
+    return sorted(found, key=lambda diagnostic: diagnostic.severity)  # "error" before "warning"
 
 
 # --------------------------------------------------------------------------------------------
-# Numbers that can't be
+# Impossible numbers
 # --------------------------------------------------------------------------------------------
 
 
-def _broken_numbers(images: list[_Image]) -> list[Smell]:
-    smells = []
-    scores = torch.cat([image.scores for image in images]) if images else torch.zeros(0)
-    boxes = torch.cat([image.boxes for image in images]) if images else torch.zeros(0, 4)
-    nan, outside = (~scores.isfinite()).sum().item(), ((scores < 0) | (scores > 1)).sum().item()
+def find_broken_numbers(predictions: Sequence[Mapping[str, Any]]) -> list[Diagnostic]:
+    """Look for scores and boxes that can't be matched: NaN, infinite, or with swapped corners.
+
+    Args:
+        predictions: one mapping per image, of tensors or arrays ``boxes`` (K, 4) XYXY in pixels,
+            ``labels`` (K,) and ``scores`` (K,).
+
+    Raises:
+        ValueError: the tensors of an image do not fit together.
+    """
+    for index, prediction in enumerate(predictions):
+        check_shapes(prediction, f"predictions[{index}]", ("scores",))
+    scores = concatenate([prediction["scores"] for prediction in predictions])
+    boxes = concatenate([prediction["boxes"] for prediction in predictions]).reshape(-1, 4)
+    return _broken_numbers(scores, boxes)
+
+
+def _broken_numbers(scores: np.ndarray, boxes: np.ndarray) -> list[Diagnostic]:
+    found: list[Diagnostic] = []
+    nan, outside = (~np.isfinite(scores)).sum(), ((scores < 0) | (scores > 1)).sum()
     if nan or outside:
-        finite = scores[scores.isfinite()]
+        finite = scores[np.isfinite(scores)]
         span = f" (from {finite.min():.3g} to {finite.max():.3g})" if len(finite) else ""
-        smells.append(
-            Smell(
+        found.append(
+            Diagnostic(
                 "impossible_scores",
-                f"{nan} of {len(scores)} scores are NaN or infinite, and {outside} lie outside "
-                f"0..1{span}. A score is a probability. Usual causes: logits written out without "
-                "the sigmoid, percent, a training that diverged. Look at where scores are "
-                "computed, and at the loss of the last iterations.",
+                f"{nan} of {len(scores)} scores are NaN or infinite, and {outside} are outside of "
+                f"0..1{span}. A score is a probability. Usual causes: logits without the sigmoid, "
+                "percentages, a training run that diverged. Check where scores are computed, and "
+                "the loss of the last iterations.",
                 "error",
             )
         )
-    broken = ~boxes.isfinite().all(dim=1)
-    reversed_ = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
-    if broken.any() or reversed_.any():
-        smells.append(
-            Smell(
+    broken = ~np.isfinite(boxes).all(axis=1)
+    swapped = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    if broken.any() or swapped.any():
+        found.append(
+            Diagnostic(
                 "impossible_boxes",
-                f"{int(broken.sum())} of {len(boxes)} boxes have corners that are NaN or infinite, "
-                f"and {int(reversed_.sum())} end left of or above where they begin. Usual causes: "
-                "x, y, width, height or a centre written where two corners are expected, negative "
-                "distances that are not clipped, a training that diverged. Look at how deltas "
+                f"{broken.sum()} of {len(boxes)} boxes have corners that are NaN or infinite, and "
+                f"in {swapped.sum()} the second corner is left of the first or above it. Usual "
+                "causes: x, y, width, height or a center where two corners are expected, negative "
+                "distances that are not clipped, a training run that diverged. Check how deltas "
                 "become boxes.",
                 "error",
             )
         )
-    return smells
-
-
-def _without_broken(image: _Image) -> _Image:
-    """Without detections that have no place or no rank."""
-    good = image.boxes.isfinite().all(dim=1) & (image.boxes[:, 2:] >= image.boxes[:, :2]).all(dim=1)
-    good &= image.scores.isfinite()
-    return image._replace(
-        boxes=image.boxes[good], labels=image.labels[good], scores=image.scores[good]
-    )
+    return found
 
 
 # --------------------------------------------------------------------------------------------
@@ -215,71 +172,67 @@ def _without_broken(image: _Image) -> _Image:
 # --------------------------------------------------------------------------------------------
 
 
-def _scores_and_classes(images: list[_Image], class_names: Sequence[str]) -> list[Smell]:
-    objects = _count([image.true_labels for image in images], class_names)
-    found = _count([image.labels for image in images], class_names)
+def _scores_and_classes(matches: Matches) -> list[Diagnostic]:
+    names = matches.class_names
+    objects = np.bincount(matches.gt_label, minlength=len(names))  # (C,)
+    detections = np.bincount(matches.label, minlength=len(names))  # (C,)
     if not objects.sum():
         return []
-    if not found.sum():
+    if not detections.sum():
         return [
-            Smell(
+            Diagnostic(
                 "no_detections",
-                f"There is not one detection in {len(images)} images with {objects.sum()} objects. "
-                f"Usual causes: a score threshold that is too high (with {LOWEST_THRESHOLD:g} a "
-                "detector of any use finds something), the weights of the checkpoint not loaded, "
-                "images that are not normalised as in training. Look at the highest scores "
-                "without a threshold.",
+                f"There is no detection in {matches.num_images} images with {objects.sum()} "
+                "objects. Usual causes: a score threshold that is too high (at "
+                f"{LOWEST_THRESHOLD:g} any trained detector finds something), weights that were "
+                "not loaded from the checkpoint, images that are not normalized as in training. "
+                "Check the highest scores without a threshold.",
                 "error",
             )
         ]
-    smells = []
-    highest = max(float(image.scores.max()) for image in images if len(image.scores))
+    found = []
+    highest = matches.score.max()
     for threshold in (LOWEST_THRESHOLD, USUAL_THRESHOLD):
         if highest <= threshold:
-            smells.append(
-                Smell(
+            found.append(
+                Diagnostic(
                     "low_scores",
                     f"No score is above {threshold:g}, a usual threshold: the highest of "
-                    f"{found.sum()} is {highest:.3g}. Usual causes: a training that was too short "
-                    "or whose loss did not fall, weights that were not loaded, images that are "
-                    "not normalised as in training, a detector in training mode. Look at the "
-                    "classification loss, and at the detections on training images.",
+                    f"{detections.sum()} is {highest:.3g}. Usual causes: a training run that was "
+                    "too short or whose loss did not fall, weights that were not loaded, images "
+                    "that are not normalized as in training, a detector in training mode. Check "
+                    "the classification loss, and the detections on training images.",
                     "warning",
                 )
             )
             break
-    present = objects >= MIN_OBJECTS
-    predicted = np.flatnonzero(found)
-    if len(predicted) == 1 and present.sum() > 1:
-        name = class_names[predicted[0]]
-        smells.append(
-            Smell(
+    frequent = objects >= MIN_OBJECTS
+    predicted = np.flatnonzero(detections)
+    if len(predicted) == 1 and frequent.sum() > 1:
+        found.append(
+            Diagnostic(
                 "one_class",
-                f"All {found.sum()} detections are of class {name!r}, and the ground truth has "
-                f"{int((objects > 0).sum())} classes. Usual causes: class ids that are lost on the "
-                "way (all 0, or the background's), an argmax over the wrong dimension, a training "
-                "in which the most frequent class won. Look at the labels that the loss sees.",
+                f"All {detections.sum()} detections are of class {names[predicted[0]]!r}, but the "
+                f"ground truth has {(objects > 0).sum()} classes. Usual causes: class ids that get "
+                "lost on the way (all 0, or that of the background), an argmax over the wrong "
+                "dimension, training data in which one class is far more frequent than the others. "
+                "Check the labels that the loss receives.",
                 "warning",
             )
         )
-    elif (missing := np.flatnonzero(present & (found == 0))).size:
-        listed = ", ".join(f"{class_names[k]} ({objects[k]} objects)" for k in missing)
-        smells.append(
-            Smell(
+    elif (missing := np.flatnonzero(frequent & (detections == 0))).size:
+        listed = ", ".join(f"{names[label]} ({objects[label]} objects)" for label in missing)
+        found.append(
+            Diagnostic(
                 "class_never_predicted",
-                f"Never predicted: {listed}. Usual causes: too few examples of it in training, "
-                "another name or another order of the classes than in training, scores that stay "
-                "below the threshold. Look at its number of training objects and at the order of "
-                "the class names.",
+                f"Never predicted: {listed}. Usual causes: too few examples of the class in "
+                "training, another name or another order of the classes than in training, scores "
+                "that stay below the threshold. Check how many training objects the class has, and "
+                "the order of the class names.",
                 "warning",
             )
         )
-    return smells
-
-
-def _count(labels: list[Tensor], class_names: Sequence[str]) -> np.ndarray:
-    joined = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
-    return np.bincount(joined.numpy(), minlength=len(class_names))
+    return found
 
 
 # --------------------------------------------------------------------------------------------
@@ -287,71 +240,72 @@ def _count(labels: list[Tensor], class_names: Sequence[str]) -> np.ndarray:
 # --------------------------------------------------------------------------------------------
 
 
-def _extents(images: list[_Image]) -> list[Smell]:
-    sizes = torch.cat([image.size.expand(len(image.boxes), 2) for image in images] or [_NONE])
-    true_sizes = torch.cat(
-        [image.size.expand(len(image.true_boxes), 2) for image in images] or [_NONE]
-    )
-    boxes = torch.cat([image.boxes for image in images] or [_NONE.repeat(1, 2)])
-    true_boxes = torch.cat([image.true_boxes for image in images] or [_NONE.repeat(1, 2)])
-    smells = []
-    for what, these, their_sizes in (
-        ("detections", boxes, sizes),
-        ("ground_truth", true_boxes, true_sizes),
-    ):
-        smell = _outside(what, these, their_sizes)
-        if smell is not None:
-            smells.append(smell)
-    if smells or min(len(boxes), len(true_boxes)) < MIN_PAIRS:
-        return smells
-    reach = (boxes[:, 2:] / sizes).quantile(0.95, dim=0)
-    true_reach = (true_boxes[:, 2:] / true_sizes).quantile(0.95, dim=0)
-    ratio = reach / true_reach
+def _extents(matches: Matches, sizes: np.ndarray) -> list[Diagnostic]:
+    """Compare where boxes end with the sizes of their images, width and height (B, 2)."""
+    found = [
+        *_outside("detections", matches.box, matches.image, sizes),
+        *_outside("ground_truth", matches.gt_box, matches.gt_image, sizes),
+    ]
+    if found or min(len(matches.box), len(matches.gt_box)) < MIN_PAIRS:
+        return found
+    reach = _reach(matches.box, sizes[matches.image])
+    gt_reach = _reach(matches.gt_box, sizes[matches.gt_image])
+    ratio = reach / gt_reach
     if (ratio < 0.75).all() or (ratio > 1 / 0.75).all():
-        smells.append(
-            Smell(
+        found.append(
+            Diagnostic(
                 "other_scale",
-                f"Detections reach to {reach[0]:.0%} of the width and {reach[1]:.0%} of the height "
-                f"of the images, objects to {true_reach[0]:.0%} and {true_reach[1]:.0%} (95 % of "
-                "each end before). Usual cause: one of them is in pixels of the original images, "
-                "the other in those of the resized ones. Look at where boxes are scaled together "
+                f"95 % of the detections end before {reach[0]:.0%} of the width and {reach[1]:.0%} "
+                f"of the height of their images, 95 % of the objects before {gt_reach[0]:.0%} and "
+                f"{gt_reach[1]:.0%}. Usual cause: one of them is in pixels of the original images, "
+                "the other in pixels of the resized ones. Check where boxes are scaled together "
                 "with the image.",
                 "error",
             )
         )
-    return smells
+    return found
 
 
-_NONE = torch.zeros(0, 2, dtype=torch.float64)
-
-
-def _outside(what: str, boxes: Tensor, sizes: Tensor) -> Smell | None:
-    """Boxes (K, 4) in 0..1, or outside of their images of width and height (K, 2)."""
+def _outside(
+    what: str, boxes: np.ndarray, image: np.ndarray, sizes: np.ndarray
+) -> list[Diagnostic]:
+    """Report boxes (K, 4) with coordinates in 0..1, or outside of their images (K,)."""
     if not len(boxes):
-        return None
+        return []
     words = what.replace("_", " ")
-    if boxes.max() <= 1.5 and sizes.min() > 10:
-        return Smell(
-            f"normalised_{what}",
-            f"No coordinate of the {words} is above {boxes.max():.3g}, in images of "
-            f"{sizes[0, 0]:.0f} x {sizes[0, 1]:.0f} pixels: these are shares of the width and the "
-            "height. Boxes have to be in pixels. Look at how they are written or read.",
+    size_of_box = sizes[image]  # (K, 2)
+    if boxes.max() <= 1.5 and size_of_box.min() > 10:
+        width, height = sizes[image.min()]
+        return [
+            Diagnostic(
+                f"normalized_{what}",
+                f"No coordinate of the {words} is above {boxes.max():.3g}, in images of "
+                f"{width:.0f} x {height:.0f} pixels: they are fractions of the width and the "
+                "height. Boxes must be in pixels. Check how they are written or read.",
+                "error",
+            )
+        ]
+    # A detector that doesn't clip its boxes lets them cross the edge, but not lie beyond it.
+    centers = _centers(boxes)
+    share = ((centers < 0) | (centers > size_of_box)).any(axis=1).mean()
+    if share <= 0.05:
+        return []
+    reach = _reach(boxes, size_of_box)
+    return [
+        Diagnostic(
+            f"{what}_outside",
+            f"{share:.0%} of the boxes of the {words} have their center outside of the image; 95 % "
+            f"of them end before {reach[0]:.0%} of its width and {reach[1]:.0%} of its height. "
+            "Usual causes: pixels of the original image instead of the resized one, width and "
+            "height of the image swapped. Check where boxes are scaled together with the image.",
             "error",
         )
-    # A detector that doesn't clip its boxes lets them reach over the edge, but not lie beyond it.
-    centers = _centers(boxes)
-    share = ((centers < 0) | (centers > sizes)).any(dim=1).double().mean()
-    if share <= 0.05:
-        return None
-    reach = (boxes[:, 2:] / sizes).quantile(0.95, dim=0)
-    return Smell(
-        f"{what}_outside",
-        f"{share:.0%} of the boxes of the {words} have their centre outside of the image; they "
-        f"reach to {reach[0]:.0%} of its width and {reach[1]:.0%} of its height (95 % end before). "
-        "Usual causes: pixels of the original image and not of the resized one, width and height "
-        "of the image mixed up. Look at where boxes are scaled together with the image.",
-        "error",
-    )
+    ]
+
+
+def _reach(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the share of width and height (2,) before which 95 % of the boxes end."""
+    return np.quantile(boxes[:, 2:] / sizes, 0.95, axis=0)
 
 
 # --------------------------------------------------------------------------------------------
@@ -360,57 +314,60 @@ def _outside(what: str, boxes: Tensor, sizes: Tensor) -> Smell | None:
 
 
 def _mirrored(
-    images: list[_Image], class_names: Sequence[str], correlation: Tensor, num_pairs: int
-) -> list[Smell]:
-    """Where detections lie, compared with where the objects of their class lie.
+    matches: Matches, sizes: np.ndarray, correlation: np.ndarray, num_pairs: int
+) -> list[Diagnostic]:
+    """Compare where detections lie with where the objects of their class lie.
 
-    Compared by correlation over the data set, and not by overlap, for three reasons. It needs no
-    guess of what became of the boxes' shapes. It sees a detector that was trained mirrored, which
-    finds little that overlaps anything. And with maps that are flattened in one order and read in
-    another, only square maps are mirrored: on H x W maps, cell (row i, column j) is taken for
-    column (i W + j) // H and row (i W + j) mod H. The column still follows the row, by W / H; the
-    row is scrambled.
+    They are compared by correlation over the data set, and not by overlap, for three reasons. It
+    needs no guess of what became of the boxes' shapes. It works for a detector that was trained
+    mirrored, which finds little that overlaps anything. And with maps that are flattened in one
+    order and read in another, only square maps are mirrored: on H x W maps, cell (row i, column j)
+    is taken for column (i W + j) // H and row (i W + j) mod H. The column still follows the row, by
+    W / H; the row is scrambled.
     """
     (xx, xy), (yx, yy) = correlation.tolist()
     numbers = (
-        f"Over {num_pairs} pairs of an image and a class, the horizontal place of detections "
-        f"correlates with the horizontal one of the objects by {xx:.2f} and with the vertical one "
-        f"by {xy:.2f}; their vertical place by {yx:.2f} and {yy:.2f}."
+        f"Over {num_pairs} pairs of an image and a class, the x of the detections correlates with "
+        f"the x of the objects by {xx:.2f} and with their y by {xy:.2f}; the y of the detections "
+        f"by {yx:.2f} and {yy:.2f}."
     )
     if _exceeds(xy, xx, num_pairs) or _exceeds(yx, yy, num_pairs):
         return [
-            Smell(
+            Diagnostic(
                 "mirrored_diagonal",
                 "The detections look mirrored across the diagonal of the image, x and y swapped. "
-                f"{numbers} {_mirrored_back(images, class_names)}Usual causes: predictions "
-                "flattened row by row while locations run column by column, or the other way "
-                "round, in training, in evaluation or in both; boxes written as y1, x1, y2, x2. "
-                f"{WHERE_PLACES}",
+                f"{numbers} {_mirrored_back(matches, sizes)}Usual causes: predictions flattened "
+                "row by row while locations run column by column, or the other way round, in "
+                "training, in evaluation or in both; boxes written as y1, x1, y2, x2. Check the "
+                "order in which the maps of the head are flattened and that of the locations "
+                "(tests/test_location_order.py shows how to prove that they agree), and draw a few "
+                "detections.",
                 "error",
             )
         ]
-    smells = []
+    found = []
     for name, words, value in (
         ("mirrored_left_right", "from left to right", xx),
         ("mirrored_upside_down", "upside down", yy),
     ):
         if _follow(-value, num_pairs):
-            smells.append(
-                Smell(
+            found.append(
+                Diagnostic(
                     name,
                     f"The detections look mirrored {words}. {numbers} Usual causes: an image that "
-                    "is flipped and its boxes not, or twice; an origin at the bottom. Look at the "
-                    "augmentation, and draw a few items of the data set with their boxes.",
+                    "is flipped without its boxes, or with boxes flipped twice; an origin at the "
+                    "bottom. Check the augmentation, and draw a few items of the data set with "
+                    "their boxes.",
                     "error",
                 )
             )
-    return smells
+    return found
 
 
-def _place_correlation(images: list[_Image]) -> tuple[Tensor, int]:
-    """Correlations of the places of detections (rows: x, y) and of objects (columns: x, y).
+def _place_correlation(matches: Matches, sizes: np.ndarray) -> tuple[np.ndarray, int]:
+    """Correlate the places of detections (rows: x, y) with those of objects (columns: x, y).
 
-    A pair is an image and a class: the mean centre of its m objects there, and that of its m most
+    A pair is an image and a class: the mean center of its m objects there, and that of its m most
     confident detections. The more confident half of the pairs is used, since the rest is largely
     guesses. Places are shares of width and height, less the mean over their class, or a class
     that is always at the top would correlate with whatever always lies left.
@@ -419,81 +376,83 @@ def _place_correlation(images: list[_Image]) -> tuple[Tensor, int]:
         ``(2, 2)`` correlations, and the number of pairs less the number of classes; zeros for too
         few.
     """
-    rows, labels, scores = [], [], []
-    for image in images:
-        for label in image.true_labels.unique().tolist():
-            true_boxes = image.true_boxes[image.true_labels == label]
-            of_class = image.labels == label
-            order = image.scores[of_class].argsort(descending=True, stable=True)[: len(true_boxes)]
-            best = image.boxes[of_class][order]
-            if len(best):
-                centers = [_centers(boxes).mean(dim=0) / image.size for boxes in (best, true_boxes)]
-                rows.append(torch.cat(centers))
-                labels.append(label)
-                scores.append(image.scores[of_class][order].mean())
-    if len(rows) < 2 * MIN_PAIRS:
-        return torch.zeros(2, 2), 0
-    confident = torch.stack(scores).argsort(descending=True, stable=True)[: (len(rows) + 1) // 2]
-    places, labels = torch.stack(rows)[confident], torch.tensor(labels)[confident]  # (P, 4), (P,)
-    for label in labels.unique():
-        places[labels == label] -= places[labels == label].mean(dim=0)
-    num_pairs = len(places) - len(labels.unique())
+    num_classes = len(matches.class_names)
+    gt_keys = matches.gt_image * num_classes + matches.gt_label
+    keys = matches.image * num_classes + matches.label
+    groups, row_of_gt, num_objects = np.unique(gt_keys, return_inverse=True, return_counts=True)
+    # The row of the group of each detection; G where its image has no object of its class.
+    row = np.searchsorted(groups, keys)
+    row[np.append(groups, -1)[row] != keys] = len(groups)
+    best = rank_in_group(keys) < np.append(num_objects, 0)[row]
+    row_of_best = row[best]
+    num_best = np.bincount(row_of_best, minlength=len(groups))
+
+    def means(rows: np.ndarray, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        sums = np.bincount(rows, values, minlength=len(groups))
+        return sums[num_best > 0] / counts[num_best > 0]
+
+    labels, image = np.divmod(groups[num_best > 0], num_classes)[::-1]
+    scores = means(row_of_best, matches.score[best], num_best)
+    places = np.stack(
+        [means(row_of_best, column, num_best) for column in _centers(matches.box[best]).T]
+        + [means(row_of_gt, column, num_objects) for column in _centers(matches.gt_box).T],
+        axis=1,
+    ) / np.tile(sizes[image], 2)  # (P, 4)
+    if len(places) < 2 * MIN_PAIRS:
+        return np.zeros((2, 2)), 0
+    confident = np.argsort(-scores, kind="stable")[: (len(places) + 1) // 2]
+    places, labels = places[confident], labels[confident]
+    for label in np.unique(labels):
+        places[labels == label] -= places[labels == label].mean(axis=0)
+    num_pairs = len(places) - len(np.unique(labels))
     if num_pairs < MIN_PAIRS // 2:
-        return torch.zeros(2, 2), 0
-    # Places that never differ correlate with nothing.
-    return torch.corrcoef(places.T)[:2, 2:].nan_to_num(0.0), num_pairs
+        return np.zeros((2, 2)), 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.corrcoef(places.T)[:2, 2:]
+    return np.nan_to_num(correlation, nan=0.0), num_pairs  # NaN for places that never differ
 
 
 def _deviations(correlation: float, num_pairs: int) -> float:
-    """How many standard deviations a correlation is from 0 (Fisher's z)."""
+    """Return how many standard deviations a correlation is from 0 (Fisher's z)."""
     return math.atanh(max(-0.999, min(0.999, correlation))) * math.sqrt(max(0, num_pairs - 3))
 
 
 def _follow(correlation: float, num_pairs: int) -> bool:
-    """Whether a correlation is there, large and beyond chance."""
+    """Return whether a correlation is large and beyond chance."""
     return correlation > MIN_CORRELATION and _deviations(correlation, num_pairs) > SIGNIFICANT
 
 
 def _exceeds(swapped: float, right: float, num_pairs: int) -> bool:
-    """Whether places follow the other axis, and follow it more than their own."""
+    """Return whether places follow the other axis, and follow it more than their own."""
     by = (_deviations(swapped, num_pairs) - _deviations(right, num_pairs)) / math.sqrt(2)
     return _follow(swapped, num_pairs) and swapped - right > MIN_DIFFERENCE and by > 2
 
 
-def _mirrored_back(images: list[_Image], class_names: Sequence[str]) -> str:
-    """What mAP would be with the boxes mirrored across the diagonal; empty unless it is higher."""
-    as_is, centers, corners = (
-        average_precision(
-            [
-                {"boxes": move(image), "labels": image.labels, "scores": image.scores}
-                for image in images
-            ],
-            [{"boxes": image.true_boxes, "labels": image.true_labels} for image in images],
-            class_names,
-        )["mAP"]
-        for move in (lambda image: image.boxes, _mirrored_centers, _swapped_corners)
+def _mirrored_back(matches: Matches, sizes: np.ndarray) -> str:
+    """Say what the mAP would be with the boxes mirrored back; empty unless it is higher."""
+    if not matches.num_ground_truth.any():
+        return ""
+    size = sizes[matches.image]  # (K, 2)
+    center = _centers(matches.box)
+    # Location (x, y) becomes (y W / H, x H / W); the boxes around it keep their shape.
+    moved = matches.box + np.tile(center[:, ::-1] * size / size[:, ::-1] - center, 2)
+    swapped = matches.box[:, [1, 0, 3, 2]]
+    as_is, by_center, by_corners = (
+        score_matches(candidate)["mAP"]
+        for candidate in (matches, matches.with_boxes(moved), matches.with_boxes(swapped))
     )
-    if max(centers, corners) <= as_is:
+    if max(by_center, by_corners) <= as_is:
         return ""
     return (
-        f"mAP@0.5 is {as_is:.1%}; with the centres of all boxes mirrored back it would be "
-        f"{centers:.1%}, with x and y of their corners swapped {corners:.1%}. "
+        f"mAP@{matches.iou_threshold:g} is {as_is:.1%}; with the centers of all boxes mirrored "
+        f"back it would be {by_center:.1%}, with x and y of their corners swapped "
+        f"{by_corners:.1%}. "
     )
 
 
-def _mirrored_centers(image: _Image) -> Tensor:
-    """Location (x, y) becomes (y W / H, x H / W); the boxes around it keep their shape."""
-    center = _centers(image.boxes)
-    move = center.flip(1) * image.size / image.size.flip(0) - center
-    return image.boxes + move.repeat(1, 2)
-
-
-def _swapped_corners(image: _Image) -> Tensor:
-    return image.boxes[:, [1, 0, 3, 2]]
-
-
-def _centers(boxes: Tensor) -> Tensor:
-    return (boxes[:, :2] + boxes[:, 2:]) / 2  # (K, 2)
+def _centers(boxes: np.ndarray) -> np.ndarray:
+    """(K, 4) boxes -> (K, 2)."""
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
 # --------------------------------------------------------------------------------------------
@@ -501,28 +460,38 @@ def _centers(boxes: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------
 
 
-def _shifted_or_scaled(images: list[_Image]) -> list[Smell]:
-    pairs = [_loose_pairs(image) for image in images]
-    boxes = torch.cat([found for found, _ in pairs] or [_NONE.repeat(1, 2)])  # (P, 4)
-    true_boxes = torch.cat([true for _, true in pairs] or [_NONE.repeat(1, 2)])  # (P, 4)
-    sides, true_sides = (b[:, 2:] - b[:, :2] for b in (boxes, true_boxes))
-    good = (sides > 0).all(dim=1) & (true_sides > 0).all(dim=1)
-    boxes, true_boxes, sides, true_sides = (
-        values[good] for values in (boxes, true_boxes, sides, true_sides)
+def _shifted_or_scaled(matches: Matches) -> list[Diagnostic]:
+    boxes, gt_boxes = _loose_pairs(matches)
+    sides, gt_sides = (each[:, 2:] - each[:, :2] for each in (boxes, gt_boxes))
+    good = (sides > 0).all(axis=1) & (gt_sides > 0).all(axis=1)
+    boxes, gt_boxes, sides, gt_sides = (
+        values[good] for values in (boxes, gt_boxes, sides, gt_sides)
     )
     if len(boxes) < MIN_PAIRS:
         return []
-    pixels = _centers(boxes) - _centers(true_boxes)  # (P, 2)
+    pixels = _centers(boxes) - _centers(gt_boxes)  # (P, 2)
     return [
-        *_shifted(pixels, pixels / true_sides, true_sides.amax(dim=1)),
-        *_scaled((sides / true_sides).log()),
+        *_shifted(pixels, pixels / gt_sides, gt_sides.max(axis=1)),
+        *_scaled(np.log(sides / gt_sides)),
     ]
 
 
-def _shifted(pixels: Tensor, shares: Tensor, sides: Tensor) -> list[Smell]:
-    """Offsets (P, 2) of detections from their objects, in pixels and in units of their size."""
-    median, median_pixels = (values.median(dim=0).values for values in (shares, pixels))
-    clear = (median.abs() > MIN_SHIFT) & (median_pixels.abs() > MIN_SHIFT_PIXELS)
+def _loose_pairs(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes (P, 4) and objects (P, 4): of each object the most confident detection near it.
+
+    That is a detection of its class that overlaps this object more than any other, however little.
+    """
+    detection, gt, _ = matches.pairs_of_class
+    iou = pair_iou(matches.box[detection], matches.gt_box[gt], pixel=0)
+    best_iou, best_gt = best_of_pairs(Pairs(detection, gt, iou), len(matches.label))
+    chosen = first_claims(best_gt, best_iou >= LOOSE_IOU)
+    return matches.box[chosen], matches.gt_box[best_gt[chosen]]
+
+
+def _shifted(pixels: np.ndarray, shares: np.ndarray, sides: np.ndarray) -> list[Diagnostic]:
+    """Report offsets (P, 2) of detections from their objects, in pixels and in object sizes."""
+    median, median_pixels = _lower_median(shares), _lower_median(pixels)
+    clear = (np.abs(median) > MIN_SHIFT) & (np.abs(median_pixels) > MIN_SHIFT_PIXELS)
     if not (clear & _one_sided(shares)).any():
         return []
     by_size = []
@@ -530,154 +499,49 @@ def _shifted(pixels: Tensor, shares: Tensor, sides: Tensor) -> list[Smell]:
     for low, high, words in bands:
         of_size = (sides >= low) & (sides < high)
         if of_size.sum() >= MIN_PAIRS // 3:
-            x, y = pixels[of_size].median(dim=0).values.tolist()
+            x, y = _lower_median(pixels[of_size])
             by_size.append(f"({x:+.1f}, {y:+.1f}) px for objects {words}")
     return [
-        Smell(
+        Diagnostic(
             "shifted",
-            f"Detections lie off their objects in one direction: the median of {len(pixels)} pairs "
+            f"The detections are shifted in one direction: the median shift of {len(pixels)} pairs "
             f"is ({median_pixels[0]:+.1f}, {median_pixels[1]:+.1f}) px to the right and down, "
             f"({median[0]:+.2f}, {median[1]:+.2f}) of the object's size; {'; '.join(by_size)}. "
             "Usual causes: locations that lack half a stride (4, 8, 16 px for strides of 8, 16, "
             "32), the offset of a crop or of padding that is not undone, a backbone whose padding "
             "depends on the size of the image ('same' padding, with sides that are no multiple of "
-            "the largest stride). Look at the coordinates of the first location, at the resizing "
-            "of boxes, and whether images padded to a multiple of 32 px show it, too.",
+            "the largest stride). Check the coordinates of the first location, the resizing of "
+            "boxes, and whether images padded to a multiple of 32 px show it, too.",
             "warning",
         )
     ]
 
 
-def _scaled(log_ratios: Tensor) -> list[Smell]:
-    """Logarithms (P, 2) of width and height of detections over those of their objects."""
-    median = log_ratios.median(dim=0).values
-    clear = median.abs() > math.log(MIN_SCALE)
+def _scaled(log_ratios: np.ndarray) -> list[Diagnostic]:
+    """Report logarithms (P, 2) of width and height of detections over those of their objects."""
+    median = _lower_median(log_ratios)
+    clear = np.abs(median) > math.log(MIN_SCALE)
     if not (clear & _one_sided(log_ratios)).any():
         return []
-    width, height = median.exp().tolist()
+    width, height = np.exp(median)
     return [
-        Smell(
+        Diagnostic(
             "scaled",
-            f"Detections have another size than their objects: the median of {len(log_ratios)} "
+            f"The detections have another size than their objects: the median of {len(log_ratios)} "
             f"pairs is {width:.2f} times the width and {height:.2f} times the height. Usual "
             "causes: deltas multiplied by another stride than in training, distances read as "
-            "widths, boxes scaled for another image size, or a training that was too short for "
-            "the boxes. Look at how deltas become boxes, and at the box loss.",
+            "widths, boxes scaled for another image size, or a training run that was too short to "
+            "learn the boxes. Check how deltas become boxes, and the box loss.",
             "warning",
         )
     ]
 
 
-def _one_sided(values: Tensor) -> Tensor:
-    """Whether more values (P, 2) lie on one side of 0 than chance allows: a sign test."""
-    return values.sign().sum(dim=0).abs() / math.sqrt(len(values)) > SIGNIFICANT
+def _lower_median(values: np.ndarray) -> np.ndarray:
+    """(P, 2) -> (2,): of two values in the middle, the lower."""
+    return np.quantile(values, 0.5, axis=0, method="lower")
 
 
-def _loose_pairs(image: _Image) -> tuple[Tensor, Tensor]:
-    """Boxes (P, 4) and objects (P, 4): of each object the most confident detection around it.
-
-    That is one of its class that overlaps this object more than any other, and be it a little.
-    """
-    nothing = image.boxes[:0]
-    if not len(image.boxes) or not len(image.true_boxes):
-        return nothing, nothing
-    overlaps = box_iou(image.boxes, image.true_boxes)  # (K, M)
-    overlaps = overlaps * (image.labels[:, None] == image.true_labels)
-    best, match = overlaps.max(dim=1)
-    order = image.scores.argsort(descending=True, stable=True)
-    order = order[best[order] >= LOOSE_IOU]
-    # The first claim of each object is the most confident one.
-    objects, first = np.unique(match[order].numpy(), return_index=True)
-    return image.boxes[order[first]], image.true_boxes[objects]
-
-
-# --------------------------------------------------------------------------------------------
-# Folders
-# --------------------------------------------------------------------------------------------
-
-
-def find_folder_smells(
-    folder: str | os.PathLike[str], image_names: Sequence[str] | None = None
-) -> list[Smell]:
-    """Look for what is missing in a folder in the text format of ``eecs598.metrics``.
-
-    Args:
-        folder: with ``detection-results/`` and ``ground-truth/``.
-        image_names: of all images of the data set, without suffix, where they are known.
-
-    Raises:
-        ValueError: the folder can't be read, see ``eecs598.metrics.read_text_format``.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of missing files, which are a smell below
-        data = read_text_format(folder)
-    smells = []
-    detection_files = set(os.listdir(Path(folder) / DETECTIONS_FOLDER))
-    missing = [name for name in data.image_names if f"{name}.txt" not in detection_files]
-    if missing:
-        smells.append(
-            Smell(
-                "detection_files_missing",
-                f"{_listed(missing)} in {GROUND_TRUTH_FOLDER}/ have no file in "
-                f"{DETECTIONS_FOLDER}/. They are scored as images without detections; other "
-                "programs stop or leave them out. Usual cause: no file is written where nothing "
-                "was detected, or the export was interrupted. Write an empty file for them.",
-                "error",
-            )
-        )
-    left_out = sorted(set(image_names or ()) - set(data.image_names))
-    if left_out:
-        smells.append(
-            Smell(
-                "ground_truth_missing",
-                f"{_listed(left_out)} of the data set have no file in {GROUND_TRUTH_FOLDER}/, so "
-                "their objects are not counted as missed. Usual cause: an image without "
-                "detections is skipped together with its ground truth. Write both files for every "
-                "image.",
-                "error",
-            )
-        )
-    elif not missing and image_names is None:
-        smells += _skipped_images(data.predictions, data.targets)
-    return smells
-
-
-def _skipped_images(
-    predictions: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]
-) -> list[Smell]:
-    """Every image has a detection, where a number of them should have none.
-
-    How many should: an image without detections has neither right nor wrong ones. Of a images with
-    wrong ones alone, b with right ones alone and c with both, a b / c is expected to have neither
-    when the two are independent (Lincoln and Petersen's estimate of a population). Where they are
-    not, it is because crowded images have more of both, and the estimate is too low.
-    """
-    right_and_wrong = np.zeros((2, 2), dtype=int)
-    for prediction, target in zip(predictions, targets, strict=True):
-        overlaps = box_iou(prediction["boxes"].double(), target["boxes"].double())  # (K, M)
-        overlaps = overlaps * (prediction["labels"][:, None] == target["labels"])
-        right = (overlaps >= 0.5).any(dim=1) if overlaps.shape[1] else overlaps.new_zeros(0).bool()
-        num_right = int(right.sum())
-        right_and_wrong[int(num_right > 0), int(len(overlaps) > num_right)] += 1
-    (neither, wrong_alone), (right_alone, both) = right_and_wrong.tolist()
-    expected = wrong_alone * right_alone / (both + 1)
-    # 10 expected and none seen happens once in 20,000 times.
-    if neither or both < 10 or expected < 10:
-        return []
-    return [
-        Smell(
-            "images_without_detections_missing",
-            f"All {len(targets)} images have detections, though about {expected:.0f} more would be "
-            f"expected to have none: {right_alone} have right ones alone, {wrong_alone} wrong ones "
-            f"alone, {both} both. Usual cause: an image without detections is skipped together "
-            "with its ground truth, and its objects are not counted as missed. Compare the number "
-            f"of files in {GROUND_TRUTH_FOLDER}/ with that of the images.",
-            "warning",
-        )
-    ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} images ({shown}{more})"
+def _one_sided(values: np.ndarray) -> np.ndarray:
+    """Return whether more values (P, 2) lie on one side of 0 than chance allows: a sign test."""
+    return np.abs(np.sign(values).sum(axis=0)) / math.sqrt(len(values)) > SIGNIFICANT

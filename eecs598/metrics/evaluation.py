@@ -1,14 +1,15 @@
-"""What a detector found in a data set: the input of every metric."""
+"""The result of running a detector on a data set: the input of every metric and of the report."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Evaluation", "image_names"]
+from eecs598.metrics.matching import Matches, match_detections
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,15 @@ class Evaluation:
 
     Attributes:
         class_names: the C names.
-        image_paths: of the B images.
+        image_paths: the files of the B images.
         image_sizes: their heights and widths, as the detector saw them.
-        predictions: one mapping an image, as ``eecs598.metrics.average_precision`` takes them,
+        predictions: one mapping per image, as ``eecs598.metrics.average_precision`` takes them,
             boxes in pixels of those images.
-        targets: the same of the ground truth.
-        score_thresh: what the detections score above.
-        levels: name of a level of the detector -> the distances to the farthest side of a box, in
-            pixels, that it is responsible for; empty where that is not known.
+        targets: the same for the ground truth.
+        score_thresh: the score threshold of the detector; all detections are above it.
+        levels: name of a pyramid level of the detector -> the range of distances, in pixels, from
+            a location to the farthest side of its box that the level is responsible for; empty
+            where that is not known.
     """
 
     class_names: Sequence[str]
@@ -35,12 +37,21 @@ class Evaluation:
     score_thresh: float
     levels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def matches(self) -> Matches:
+        """The detections matched to the ground truth at an IoU of 0.5, once for all measures.
+
+        Raises:
+            ValueError: predictions or targets that can't be matched, such as a score that is NaN.
+        """
+        return match_detections(self.predictions, self.targets, self.class_names)
+
 
 def image_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """A name for each image, no two alike, to name its text files by.
+    """Return a unique name for each image, to name its text files by.
 
-    The name of the file without its suffix, where that tells all images apart; otherwise, its path
-    below the folder that they have in common, with ``__`` in place of slashes.
+    It is the name of the file without its suffix, where these differ for all images, and otherwise
+    its path below the folder that all images have in common, with ``__`` in place of slashes.
     """
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):

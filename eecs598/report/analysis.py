@@ -1,13 +1,10 @@
-"""All that is asked about the detections of a data set, in one place.
+"""Everything that is asked about one evaluation, and its comparison with another one.
 
-evaluation = Evaluation(class_names, image_paths, image_sizes, predictions, targets)
-analysis = analyse(evaluation)
-analysis.metrics             # plain numbers: what ``metrics.json`` holds
+``analyze(evaluation).metrics`` are the plain numbers that ``metrics.json`` holds.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,45 +13,42 @@ import torch
 from torch import Tensor
 
 from eecs598.metrics import (
+    Diagnostic,
     DifferenceResult,
     ErrorAnalysis,
     Evaluation,
     Matches,
     PrecisionRecall,
-    Smell,
     TextFormat,
-    analyse_errors,
-    average_precision,
+    analyze_errors,
     bootstrap_difference,
     bootstrap_map,
     coco_metrics,
     confusion_matrix,
-    curves_of_matches,
-    find_smells,
+    find_broken_numbers,
+    find_diagnostics,
     image_names,
     match_detections,
     precision_recall,
+    precision_recall_curves,
     score_matches,
 )
-
-__all__ = ["Analysis", "Comparison", "analyse", "check_comparable", "compare"]
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """The answers; ``metrics`` has those that are plain numbers.
+    """Everything that is asked about one evaluation.
 
     Attributes:
-        evaluation: what was analysed.
+        evaluation: what was analyzed.
         metrics: what ``average_precision`` returns, with ``score_thresh``, ``mAP_11_point``,
             ``interval`` (95 % of the mAP), ``best_f1`` of all classes together and the
             ``best_threshold`` that gives it, ``classes`` (best F1 and threshold of each),
-            ``confusion_matrix`` at that threshold, ``errors``, ``smells`` and ``coco``; the last
-            is None where its library is not installed.
-        matches: what each detection is worth.
+            ``confusion_matrix`` at that threshold, ``errors``, ``diagnostics`` and ``coco``.
+        matches: the detections matched to the ground truth.
         curves: precision over recall of each class with ground truth.
         errors: the kind of each error.
-        smells: what looks wrong.
+        diagnostics: what looks wrong.
     """
 
     evaluation: Evaluation
@@ -62,17 +56,17 @@ class Analysis:
     matches: Matches
     curves: dict[str, PrecisionRecall]
     errors: ErrorAnalysis
-    smells: list[Smell]
+    diagnostics: list[Diagnostic]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An evaluation beside another one of the same images.
+    """How an evaluation compares with another one of the same images.
 
     Attributes:
-        name: of the other one.
+        name: of the other evaluation.
         other: what ``average_precision`` returns for it.
-        difference: of the mAP, with its interval.
+        difference: the difference of the mAP, with its interval.
     """
 
     name: str
@@ -80,23 +74,25 @@ class Comparison:
     difference: DifferenceResult
 
 
-def analyse(evaluation: Evaluation) -> Analysis:
-    """Work out everything that the report of an evaluation shows.
+def analyze(evaluation: Evaluation) -> Analysis:
+    """Compute everything that the report of an evaluation shows.
+
+    The detections are matched once, and every measure takes these matches.
 
     Raises:
-        ValueError: for input that ``average_precision`` does not take.
+        ValueError: detections or ground truth that can't be matched, or no ground truth.
     """
-    given = (evaluation.predictions, evaluation.targets, evaluation.class_names)
-    smells = find_smells(*given, image_sizes=evaluation.image_sizes)
     try:
-        matches = match_detections(*given)
+        matches = evaluation.matches
     except ValueError as error:
-        # Broken numbers have no metrics; what else is wrong with them is worth knowing.
-        raise ValueError("\n".join([str(error), *(smell.message for smell in smells)])) from error
+        # Such numbers have no metrics, but a diagnostic may explain where they come from.
+        reasons = [broken.message for broken in find_broken_numbers(evaluation.predictions)]
+        raise ValueError("\n".join([str(error), *reasons])) from error
     metrics = score_matches(matches)
-    curves, overall = curves_of_matches(matches), precision_recall(matches)
-    errors = analyse_errors(*given)
-    interval = bootstrap_map(*given)
+    curves, overall = precision_recall_curves(matches), precision_recall(matches)
+    errors = analyze_errors(matches)
+    interval = bootstrap_map(matches)
+    diagnostics = find_diagnostics(matches, evaluation.image_sizes)
     metrics.update(
         score_thresh=evaluation.score_thresh,
         mAP_11_point=score_matches(matches, "11-point")["mAP"],
@@ -107,34 +103,34 @@ def analyse(evaluation: Evaluation) -> Analysis:
             name: {"best_f1": curve.best_f1, "best_threshold": curve.best_f1_threshold}
             for name, curve in curves.items()
         },
-        confusion_matrix=confusion_matrix(
-            *given, score_threshold=overall.best_f1_threshold or 0.0
-        ).tolist(),
+        confusion_matrix=confusion_matrix(matches, overall.best_f1_threshold or 0.0).tolist(),
         errors=errors.to_dict(),
-        smells=[smell.message for smell in smells],
-        coco=_coco(given),
+        diagnostics=[diagnostic.message for diagnostic in diagnostics],
+        coco=coco_metrics(matches),
     )
-    return Analysis(evaluation, metrics, matches, curves, errors, smells)
+    return Analysis(evaluation, metrics, matches, curves, errors, diagnostics)
 
 
 def check_comparable(
     class_names: Sequence[str], names: Sequence[str], other: TextFormat, other_name: str
 ) -> None:
-    """See that another evaluation is of the same images, before this one is made.
+    """Check that another evaluation has the same images and classes, before this one is made.
 
     Args:
-        class_names, names: of this evaluation, see ``evaluation.image_names``.
-        other, other_name: see ``compare``.
+        class_names: the classes of this evaluation.
+        names: what ``image_names`` returns for it.
+        other: what ``read_text_format`` read of the other one.
+        other_name: the name of the other one, for messages.
 
     Raises:
-        ValueError: it is of other images, or has other classes.
+        ValueError: it has other images, or classes that this one lacks.
     """
     strangers = sorted(set(names) ^ set(other.image_names))
     if strangers:
         whose = "this evaluation" if strangers[0] in names else other_name
         raise ValueError(
             f"{other_name} has {len(other.image_names)} images and this evaluation {len(names)}; "
-            f"{len(strangers)} are in one of them alone, such as {strangers[0]} in {whose}. "
+            f"{len(strangers)} are in only one of them, such as {strangers[0]} in {whose}. "
             "Compare evaluations of the same split."
         )
     if unknown := set(other.class_names) - set(class_names):
@@ -149,12 +145,11 @@ def compare(evaluation: Evaluation, other: TextFormat, other_name: str) -> Compa
 
     Args:
         evaluation: this one.
-        other: what ``metrics.read_text_format`` read. Its boxes may be in pixels of another image
-            size.
-        other_name: of the other one.
+        other: what ``read_text_format`` read. Its boxes may be in pixels of another image size.
+        other_name: the name of the other one, for messages and the report.
 
     Raises:
-        ValueError: detections of other images or other objects.
+        ValueError: the other one has other images, objects or classes.
     """
     names = image_names(evaluation.image_paths)
     check_comparable(evaluation.class_names, names, other, other_name)
@@ -165,27 +160,20 @@ def compare(evaluation: Evaluation, other: TextFormat, other_name: str) -> Compa
         [{**items[place[name]], "labels": labels[items[place[name]]["labels"]]} for name in names]
         for items in (other.predictions, other.targets)
     )
-    for name, ours, theirs in zip(names, evaluation.targets, targets, strict=True):
-        if not _same_objects(ours, theirs):
+    for name, target, other_target in zip(names, evaluation.targets, targets, strict=True):
+        if not _same_objects(target, other_target):
             raise ValueError(
                 f"the ground truth of {name} in {other_name} has other objects than this "
                 "evaluation; compare evaluations of the same data."
             )
+    theirs = match_detections(predictions, targets, evaluation.class_names)
     return Comparison(
-        other_name,
-        average_precision(predictions, targets, evaluation.class_names),
-        bootstrap_difference(
-            evaluation.predictions,
-            predictions,
-            evaluation.targets,
-            evaluation.class_names,
-            targets_b=targets,
-        ),
+        other_name, score_matches(theirs), bootstrap_difference(evaluation.matches, theirs)
     )
 
 
 def _same_objects(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    """Whether these are the same objects in the same order, in images of any two sizes."""
+    """Return whether these are the same objects in the same order, in images of any two sizes."""
     if not torch.equal(ours["labels"].cpu(), theirs["labels"]):
         return False
     none = torch.zeros(len(theirs["labels"]), dtype=torch.bool)
@@ -196,9 +184,3 @@ def _same_objects(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> b
         return True
     # Sides are rounded to whole pixels, so the scale is not quite the same in x and y.
     return torch.allclose(boxes / boxes.max(), others / others.max(), atol=0.03)
-
-
-def _coco(given: tuple) -> dict[str, float] | None:
-    if importlib.util.find_spec("faster_coco_eval") is None:
-        return None
-    return coco_metrics(*given)

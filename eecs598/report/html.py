@@ -1,10 +1,7 @@
-"""The report of an evaluation: one HTML file that needs no network and no server.
+"""The report of an evaluation as a page: one HTML file that needs no network and no server.
 
-    analysis = analyse(evaluation)                  # eecs598.report.analysis
-    write_report("report.html", analysis, title="VOC 2007 val")
-
-The page is made from the templates in ``templates`` with Jinja; this module works out what
-they show. Notebooks show the same figures with :func:`figures_html`.
+The page is made from the files in ``templates`` with Jinja; this module computes what they show.
+Notebooks show the same figures with ``figures_html``.
 """
 
 from __future__ import annotations
@@ -26,19 +23,17 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from eecs598.data import read_image
-from eecs598.metrics import Evaluation
+from eecs598.metrics import Evaluation, PrecisionRecall
 from eecs598.report.analysis import Analysis, Comparison
 from eecs598.runtime import atomic_write
 
-__all__ = ["figures_html", "write_report"]
-
 NUM_BINS = 20  # of the histogram of scores
-SIZE_EDGES = (0, 16, 32, 64, 96, 128, math.inf)  # roots of areas, in pixels
+SIZE_EDGES = (0, 16, 32, 64, 96, 128, math.inf)  # square roots of areas, in pixels
 CURVE_POINTS = 100  # a small figure shows no more
 MAX_MISTAKES = 400
 MISTAKES_OF_ONE_SORT = 6  # kind and class
-CROP_SIDE = 240  # of the larger side of a picture, in pixels
-FALSE_KINDS = ("background", "class", "localisation", "both", "duplicate")
+CROP_SIDE = 240  # longer side of a picture, in pixels
+FALSE_KINDS = ("background", "class", "localization", "both", "duplicate")
 
 
 def write_report(
@@ -53,12 +48,12 @@ def write_report(
     """Write the report of an evaluation.
 
     Args:
-        path: of the HTML file.
-        analysis: of the evaluation that is reported.
+        path: the HTML file to write.
+        analysis: what ``analyze`` returned for the evaluation.
         title: the heading.
-        facts: short phrases below it: data, settings, versions.
+        facts: short phrases below the heading: data, settings, versions.
         footer: a sentence at the end, such as the command.
-        comparison: with another evaluation of the same images.
+        comparison: what ``compare`` returned for another evaluation of the same images.
     """
     context = _figure_context(analysis)
     figures = _environment().get_template("figures.html")
@@ -72,7 +67,7 @@ def write_report(
             footer=footer,
             sections=_sections(analysis, comparison),
             metrics=analysis.metrics,
-            smells=analysis.metrics["smells"],
+            diagnostics=analysis.metrics["diagnostics"],
             tiles=_tiles(analysis),
             comparison=comparison and _comparison_context(comparison, analysis.metrics),
             mistakes=_mistakes(analysis),
@@ -80,12 +75,12 @@ def write_report(
         )
     )
     with atomic_write(path) as unfinished:
-        # File names may hold bytes that are no text.
+        # File names may hold bytes that are not text.
         unfinished.write_text(page, encoding="utf-8", errors="replace")
 
 
 def figures_html(analysis: Analysis) -> str:
-    """The figures alone, with their style, to be shown in a notebook."""
+    """Return the figures alone, with their style, to be shown in a notebook."""
     environment = _environment()
     figures = environment.get_template("figures.html").render(**_figure_context(analysis))
     style = environment.get_template("report.css").render()
@@ -95,7 +90,7 @@ def figures_html(analysis: Analysis) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("eecs598.report"),
-        # The style and the script are files of this project, with nothing from outside in them.
+        # The style and the script are files of this project that hold no data.
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -115,8 +110,8 @@ def _signed(value: float) -> str:
 
 
 def _sections(analysis: Analysis, comparison: Comparison | None) -> list[tuple[str, str]]:
-    """What the navigation lists: anchor and name."""
-    sections = [("warnings", "What looks wrong")] if analysis.smells else []
+    """Return what the navigation lists: anchor and name."""
+    sections = [("warnings", "What looks wrong")] if analysis.diagnostics else []
     sections.append(("summary", "Summary"))
     if comparison:
         sections.append(("comparison", "Comparison"))
@@ -132,7 +127,7 @@ def _sections(analysis: Analysis, comparison: Comparison | None) -> list[tuple[s
 
 
 def _tiles(analysis: Analysis) -> list[tuple[str, str, str]]:
-    """Headline numbers: name, value and a note."""
+    """Return the headline numbers: name, value and a note."""
     metrics = analysis.metrics
     low, high = (100 * end for end in metrics["interval"])
     tiles = [
@@ -165,9 +160,9 @@ def _comparison_context(comparison: Comparison, metrics: Mapping[str, Any]) -> d
     low, high = result.low, result.high
     difference = _signed(100 * result.difference)
     verdict = (
-        "The interval leaves out 0: the difference is more than the choice of images explains."
+        "0 is outside of the interval: the difference is more than the choice of images explains."
         if result.exceeds
-        else "The interval holds 0: another choice of images could turn the difference round."
+        else "0 is inside the interval: with other images the difference could be the other way."
     )
     return {
         "name": comparison.name,
@@ -220,8 +215,8 @@ def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
                 "name": name,
                 "ap": metrics["AP"].get(name),
                 "objects": metrics["num_ground_truth"][name],
-                "true": int((of_class & matches.true).sum()),
-                "false": int((of_class & matches.false).sum()),
+                "true": int((of_class & matches.is_tp).sum()),
+                "false": int((of_class & matches.is_fp).sum()),
                 "f1": curve.best_f1 if curve else None,
                 "threshold": curve.best_f1_threshold if curve else None,
                 "curve": _curve(curve) if curve else None,
@@ -231,8 +226,8 @@ def _class_rows(analysis: Analysis) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -1 if row["ap"] is None else row["ap"], reverse=True)
 
 
-def _curve(curve: Any) -> list[tuple[float, float]]:
-    """Points of a curve of precision over recall, as many as a small figure can show."""
+def _curve(curve: PrecisionRecall) -> list[tuple[float, float]]:
+    """Return points of a curve of precision over recall, as many as a small figure can show."""
     if not len(curve.recall):
         return []
     recalls = np.linspace(curve.recall[0], curve.recall[-1], CURVE_POINTS)
@@ -240,7 +235,7 @@ def _curve(curve: Any) -> list[tuple[float, float]]:
     return [(float(curve.recall[i]), float(curve.precision[i])) for i in shown]
 
 
-def _best_point(curve: Any) -> tuple[float, float] | None:
+def _best_point(curve: PrecisionRecall) -> tuple[float, float] | None:
     if curve.best_f1_threshold is None:
         return None
     best = int(np.flatnonzero(curve.scores == curve.best_f1_threshold)[-1])
@@ -257,11 +252,11 @@ def _error_rows(analysis: Analysis) -> list[tuple[str, float, str, str]]:
 
 
 def _score_bins(analysis: Analysis) -> list[tuple[int, int]]:
-    """Numbers of true and of false detections in equal bins of the score."""
+    """Return the numbers of true and of false positives in equal bins of the score."""
     matches = analysis.matches
     edges = np.linspace(0, 1, NUM_BINS + 1)
-    true, _ = np.histogram(matches.score[matches.true], edges)
-    false, _ = np.histogram(matches.score[matches.false], edges)
+    true, _ = np.histogram(matches.score[matches.is_tp], edges)
+    false, _ = np.histogram(matches.score[matches.is_fp], edges)
     return list(zip(true.tolist(), false.tolist(), strict=True))
 
 
@@ -276,7 +271,7 @@ def _recall_by_size(analysis: Analysis) -> list[tuple[str, float, str, str]]:
 
 
 def _recall_by_level(analysis: Analysis) -> list[tuple[str, float, str, str]]:
-    """By the level that is responsible for a location in the centre of the object."""
+    """Group objects by the level that is responsible for a location at their center."""
     boxes, found = _objects(analysis)
     distance = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) / 2
     rows = []
@@ -293,20 +288,11 @@ def _recall_row(name: str, found: Tensor) -> list[tuple[str, float, str, str]]:
 
 
 def _objects(analysis: Analysis) -> tuple[Tensor, Tensor]:
-    """Boxes (M, 4) of all objects that are not difficult, and whether each was found (M,)."""
-    boxes, found = [], []
-    for target, undetected in zip(
-        analysis.evaluation.targets, analysis.errors.undetected, strict=True
-    ):
-        counted = ~_difficult(target)
-        boxes.append(target["boxes"][counted].float())
-        found.append(~torch.as_tensor(undetected)[counted])
-    return torch.cat(boxes), torch.cat(found)
-
-
-def _difficult(target: Mapping[str, Tensor]) -> Tensor:
-    flags = target.get("difficult")
-    return torch.zeros(len(target["boxes"]), dtype=torch.bool) if flags is None else flags
+    """Return the boxes (M, 4) of all objects that are not difficult, and which are found (M,)."""
+    matches = analysis.matches
+    counted = ~matches.gt_difficult
+    boxes, found = matches.gt_box[counted], matches.gt_found[counted]
+    return torch.from_numpy(boxes).float(), torch.from_numpy(found)
 
 
 # --------------------------------------------------------------------------------------------
@@ -315,46 +301,49 @@ def _difficult(target: Mapping[str, Tensor]) -> Tensor:
 
 
 def _mistakes(analysis: Analysis) -> list[dict[str, Any]]:
-    """The most telling mistakes of each kind and class, each with a picture."""
+    """Return the most telling mistakes of each kind and class, each with a picture."""
     described = (_mistake(analysis, *which) for which in _telling_mistakes(analysis))
     return [mistake for mistake in described if mistake is not None]
 
 
-def _telling_mistakes(analysis: Analysis) -> list[tuple[str, int, int]]:
-    """Kind, image and index of confident false detections and of large objects that were missed.
+def _telling_mistakes(analysis: Analysis) -> list[tuple[str, int]]:
+    """Return kind and row of confident false positives and of large objects that are missed.
 
-    Weights are the score, or the share of the image that the object fills.
+    The row is that of the detection, or of the ground truth box where it is missed. Mistakes are
+    ranked by their score, or by the share of the image that the object fills.
     """
-    evaluation, errors = analysis.evaluation, analysis.errors
-    sorts: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
-    for image, (found, target) in enumerate(
-        zip(evaluation.predictions, evaluation.targets, strict=True)
-    ):
-        for index, kind in enumerate(errors.kinds[image]):
-            if kind in FALSE_KINDS:
-                entry = (float(found["scores"][index]), image, index)
-                sorts.setdefault((kind, int(found["labels"][index])), []).append(entry)
-        for index in np.flatnonzero(errors.missed[image]).tolist():
-            x1, y1, x2, y2 = target["boxes"][index].tolist()
-            share = (x2 - x1) * (y2 - y1) / math.prod(evaluation.image_sizes[image])
-            entry = (share, image, index)
-            sorts.setdefault(("missed", int(target["labels"][index])), []).append(entry)
-    # The first of every sort, then all second ones: no sort crowds out the others.
-    ranked = []
-    for (kind, _), entries in sorts.items():
-        entries.sort(reverse=True)
-        ranked += [
-            (rank, -weight, kind, image, index)
-            for rank, (weight, image, index) in enumerate(entries[:MISTAKES_OF_ONE_SORT])
-        ]
-    return [which for _, _, *which in sorted(ranked)[: max(MAX_MISTAKES, len(sorts))]]
+    matches, errors = analysis.matches, analysis.errors
+    sides = matches.gt_box[:, 2:] - matches.gt_box[:, :2]
+    image_areas = np.array([math.prod(size) for size in analysis.evaluation.image_sizes])
+    shares = sides.prod(axis=1) / image_areas[matches.gt_image]
+    sorts = [
+        (kind, errors.kind == kind, matches.label, matches.score, matches.image, matches.index)
+        for kind in FALSE_KINDS
+    ]
+    missed = errors.gt_missed
+    sorts.append(("missed", missed, matches.gt_label, shares, matches.gt_image, matches.gt_index))
+    ranked: list[tuple[int, float, str, int, int, int]] = []
+    num_sorts = 0
+    for kind, of_kind, labels, weights, images, indices in sorts:
+        for label in np.unique(labels[of_kind]):
+            rows = np.flatnonzero(of_kind & (labels == label))
+            first = np.lexsort((-indices[rows], -images[rows], -weights[rows]))
+            ranked += [
+                (rank, -float(weights[row]), kind, int(images[row]), int(indices[row]), int(row))
+                for rank, row in enumerate(rows[first[:MISTAKES_OF_ONE_SORT]])
+            ]
+            num_sorts += 1
+    # The first of every kind and class, then all second ones: none crowds out the others.
+    return [(kind, row) for _, _, kind, _, _, row in sorted(ranked)[: max(MAX_MISTAKES, num_sorts)]]
 
 
-def _mistake(analysis: Analysis, kind: str, image: int, index: int) -> dict[str, Any] | None:
-    """What the page says and shows of a mistake; None without a picture."""
-    evaluation = analysis.evaluation
-    found, target = evaluation.predictions[image], evaluation.targets[image]
+def _mistake(analysis: Analysis, kind: str, row: int) -> dict[str, Any] | None:
+    """Return what the page says and shows of a mistake; None without a picture."""
+    evaluation, matches = analysis.evaluation, analysis.matches
     missed = kind == "missed"
+    image = int((matches.gt_image if missed else matches.image)[row])
+    index = int((matches.gt_index if missed else matches.index)[row])
+    found, target = evaluation.predictions[image], evaluation.targets[image]
     own, others = (target, found) if missed else (found, target)
     box, name = own["boxes"][index].float(), evaluation.class_names[int(own["labels"][index])]
     if missed:
@@ -363,13 +352,14 @@ def _mistake(analysis: Analysis, kind: str, image: int, index: int) -> dict[str,
     else:
         text = f"{name}, score {float(found['scores'][index]):.2f}"
 
-    boxes = [("truth", row) for row in target["boxes"].float()]
+    boxes = [("truth", gt_box) for gt_box in target["boxes"].float()]
     if not missed:
         boxes.append(("found", box))
     around = box
-    # What the mistake is about, and otherwise what is nearest.
+    # The box that the mistake refers to, and otherwise the one that overlaps most.
     overlaps = box_iou(box[None], others["boxes"].float())[0]
-    partner = -1 if missed else int(analysis.errors.concerns[image][index])
+    matched_gt = -1 if missed else int(analysis.errors.matched_gt[row])
+    partner = int(matches.gt_index[matched_gt]) if matched_gt >= 0 else -1
     if partner < 0 and len(overlaps) and overlaps.max() > 0:
         partner = int(overlaps.argmax())
     if partner >= 0:
@@ -390,7 +380,7 @@ def _mistake(analysis: Analysis, kind: str, image: int, index: int) -> dict[str,
 def _cut_out(
     evaluation: Evaluation, image: int, around: Tensor, boxes: Sequence[tuple[str, Tensor]]
 ) -> dict[str, Any] | None:
-    """A JPEG of what is around a box, and what of the boxes is in it; None without the file."""
+    """Return a JPEG of what is around a box, and the boxes in it; None without the file."""
     try:
         whole = read_image(Path(evaluation.image_paths[image]), upright=False)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Every smell is found where it was put, and none where there is none."""
+"""Every fault is found where it was put, and none where there is none."""
 
 from __future__ import annotations
 
 import math
-import warnings
+import re
 from collections.abc import Callable
 
 import pytest
@@ -13,64 +13,20 @@ from torch import Tensor, nn
 from a4_helper import VOC2007DetectionTiny
 from eecs598.data.shapes import CLASSES as SHAPES
 from eecs598.data.shapes import write_shapes
-from eecs598.metrics.average_precision import average_precision, write_text_format
-from eecs598.metrics.diagnostics import find_folder_smells, find_smells
+from eecs598.metrics.average_precision import average_precision
+from eecs598.metrics.diagnostics import Diagnostic, find_broken_numbers, find_diagnostics
+from eecs598.metrics.matching import match_detections
 from one_stage_detector import FCOS
+from tests.metrics.detectors import CLASSES, made_up
 from tests.test_location_order import SmallStages
 
-CLASSES = ["ant", "bee", "cat", "dog"]
 
-
-def made_up(
-    seed: int,
-    num_images: int = 120,
-    recall: float = 0.85,
-    jitter: float = 0.05,
-    false_positives: int = 2,
-) -> tuple[list[dict], list[dict], list[tuple[int, int]]]:
-    """Predictions, targets and image sizes of a detector without any fault but the errors given."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=rng)
-
-    def random_boxes(count: int, size: Tensor) -> Tensor:
-        sides = uniform(math.log(16), math.log(150), count, 2).exp().minimum(size)
-        corner = uniform(0, 1, count, 2) * (size - sides)
-        return torch.cat([corner, corner + sides], dim=1)
-
-    def random_labels(count: int) -> Tensor:
-        return torch.randint(0, len(CLASSES), (count,), generator=rng)
-
-    predictions, targets, sizes = [], [], []
-    for _ in range(num_images):
-        width, height = torch.randint(160, 240, (2,), generator=rng).tolist()
-        size = torch.tensor([width, height])
-        count = int(torch.randint(1, 5, (), generator=rng))
-        boxes, labels = random_boxes(count, size), random_labels(count)
-        found = uniform(0, 1, count) < recall
-        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        near = boxes + jitter * sides * torch.randn(count, 4, generator=rng)
-        near[:, 2:] = near[:, 2:].maximum(near[:, :2])
-        near = torch.cat([near, random_boxes(false_positives, size)])
-        near = near.clamp(min=0).minimum(size.repeat(2))
-        kept = torch.cat([found, torch.ones(false_positives, dtype=torch.bool)])
-        predictions.append(
-            {
-                "boxes": near[kept],
-                "labels": torch.cat([labels, random_labels(false_positives)])[kept],
-                "scores": torch.cat([uniform(0.3, 1, count), uniform(0.05, 0.6, false_positives)])[
-                    kept
-                ],
-            }
-        )
-        targets.append({"boxes": boxes, "labels": labels})
-        sizes.append((height, width))
-    return predictions, targets, sizes
+def diagnostics(predictions, targets, sizes, classes=CLASSES) -> list[Diagnostic]:
+    return find_diagnostics(match_detections(predictions, targets, classes), sizes)
 
 
 def names(predictions, targets, sizes) -> list[str]:
-    return [s.name for s in find_smells(predictions, targets, CLASSES, image_sizes=sizes)]
+    return [found.name for found in diagnostics(predictions, targets, sizes)]
 
 
 def moved(items: list[dict], sizes, move: Callable[[Tensor, int, int], Tensor]) -> list[dict]:
@@ -114,7 +70,7 @@ def grow(boxes: Tensor, height: int, width: int) -> Tensor:
     return boxes + 0.15 * torch.cat([-side, side], dim=1)
 
 
-def normalise(boxes: Tensor, height: int, width: int) -> Tensor:
+def normalize(boxes: Tensor, height: int, width: int) -> Tensor:
     return boxes / torch.tensor([width, height, width, height])
 
 
@@ -150,25 +106,36 @@ def test_detectors_without_a_fault(seed, quality):
         (grow, "scaled"),
         (lambda boxes, *_: 0.6 * boxes, "other_scale"),
         (lambda boxes, *_: 1.7 * boxes, "detections_outside"),
-        (normalise, "normalised_detections"),
-        (to_xywh, "impossible_boxes"),
-        (lambda boxes, *_: boxes * torch.tensor([1.0, torch.nan, 1, 1]), "impossible_boxes"),
+        (normalize, "normalized_detections"),
     ],
 )
 def test_boxes_in_the_wrong_place(move, expected):
     predictions, targets, sizes = made_up(0)
-    found = names(moved(predictions, sizes, move), targets, sizes)
-    assert expected in found
-    # What follows from it may be named, too; never a mirror image that is none.
-    assert [n for n in found if n.startswith("mirrored") and n != expected] == []
-    if not expected.startswith("impossible"):
-        assert found == [expected]
+    assert names(moved(predictions, sizes, move), targets, sizes) == [expected]
+
+
+@pytest.mark.parametrize(
+    "move, broken",
+    [
+        (to_xywh, r"0 of \d+ boxes .* in [1-9]\d* the second corner"),
+        (lambda boxes, *_: boxes * torch.tensor([1.0, torch.nan, 1, 1]), r"[1-9]\d* of \d+ boxes"),
+    ],
+)
+def test_boxes_that_cannot_be_matched(move, broken):
+    predictions, targets, sizes = made_up(0)
+    wrong = moved(predictions, sizes, move)
+    with pytest.raises(ValueError, match="has the box"):
+        match_detections(wrong, targets, CLASSES)
+    (found,) = find_broken_numbers(wrong)
+    assert found.name == "impossible_boxes" and found.severity == "error"
+    assert re.match(broken, found.message)
+    assert find_broken_numbers(predictions) == find_broken_numbers([]) == []
 
 
 @pytest.mark.parametrize(
     "move, expected",
     [
-        (normalise, "normalised_ground_truth"),
+        (normalize, "normalized_ground_truth"),
         (lambda boxes, *_: 1.7 * boxes, "ground_truth_outside"),
         (lambda boxes, *_: 0.6 * boxes, "other_scale"),
     ],
@@ -201,98 +168,48 @@ def scaled_scores(prediction: dict, factor: float) -> dict:
         (lambda p: scaled_scores(p, 0.04), ["low_scores"]),
         (lambda p: scaled_scores(p, 100), ["impossible_scores"]),
         (lambda p: scaled_scores(p, -1), ["impossible_scores", "low_scores"]),
-        (lambda p: scaled_scores(p, math.nan), ["impossible_scores", "no_detections"]),
     ],
 )
 def test_scores_and_classes(change, expected):
     predictions, targets, sizes = made_up(0)
-    found = names([change(prediction) for prediction in predictions], targets, sizes)
-    # Without ranks or classes the places may not be compared, but nothing else is made up.
-    assert found == expected
+    assert names([change(prediction) for prediction in predictions], targets, sizes) == expected
+
+
+def test_scores_that_cannot_be_matched():
+    predictions, _, _ = made_up(0)
+    (found,) = find_broken_numbers([scaled_scores(p, math.nan) for p in predictions])
+    count = sum(len(prediction["scores"]) for prediction in predictions)
+    assert found.name == "impossible_scores"
+    assert found.message.startswith(f"{count} of {count} scores are NaN or infinite, and 0 are")
 
 
 def test_messages_have_numbers_and_come_in_order():
     predictions, targets, sizes = made_up(1)
     shifted = moved(predictions, sizes, half_a_stride)
-    (smell,) = find_smells(shifted, targets, CLASSES, image_sizes=sizes)
-    assert smell.severity == "warning"
+    (found,) = diagnostics(shifted, targets, sizes)
+    assert found.severity == "warning"
     for size, pixels in (("below", 4), ("of 64", 8), ("above", 16)):
-        text = smell.message.split(f" px for objects {size}")[0].rsplit("(", 1)[1]
+        text = found.message.split(f" px for objects {size}")[0].rsplit("(", 1)[1]
         assert all(abs(float(value) - pixels) < 1.5 for value in text.rstrip(")").split(","))
 
     two = [without(p, 2) for p in moved(predictions, sizes, swap_axes)]
-    smells = find_smells(two, targets, CLASSES, image_sizes=sizes)
-    assert [smell.severity for smell in smells] == ["error", "warning"]
+    # Of the four boxes of a class, one is difficult: the mAP named is that of the report.
+    targets = [{**t, "difficult": torch.arange(len(t["labels"])) % 4 == 3} for t in targets]
+    found = diagnostics(two, targets, sizes)
+    assert [each.severity for each in found] == ["error", "warning"]
     as_is = average_precision(two, targets, CLASSES)["mAP"]
-    assert f"mAP@0.5 is {as_is:.1%}" in smells[0].message
-    assert "cat (" in smells[1].message and "ant" not in smells[1].message
+    assert f"mAP@0.5 is {as_is:.1%}" in found[0].message
+    assert "cat (" in found[1].message and "ant" not in found[1].message
 
 
 def test_input_that_does_not_fit_together():
     predictions, targets, sizes = made_up(0, num_images=3)
-    with pytest.raises(ValueError, match="2 image sizes"):
-        find_smells(predictions, targets, CLASSES, image_sizes=sizes[:2])
+    with pytest.raises(ValueError, match="3 images and 2 image sizes"):
+        diagnostics(predictions, targets, sizes[:2])
     predictions[1]["labels"] = predictions[1]["labels"][:-1]
-    with pytest.raises(ValueError, match="each box needs"):
-        find_smells(predictions, targets, CLASSES, image_sizes=sizes)
-    assert find_smells([], [], CLASSES, image_sizes=[]) == []
-
-
-# --------------------------------------------------------------------------------------------
-# Folders
-# --------------------------------------------------------------------------------------------
-
-
-def write_folder(folder, predictions, targets) -> None:
-    for number, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-        write_text_format(folder, f"{number:03d}", prediction, target, CLASSES)
-
-
-def confident(predictions, threshold: float = 0.5) -> list[dict]:
-    return [{k: v[p["scores"] > threshold] for k, v in p.items()} for p in predictions]
-
-
-def test_images_that_were_skipped(tmp_path):
-    predictions, targets, _ = made_up(0, num_images=300, recall=0.5)
-    predictions = confident(predictions)
-    write_folder(tmp_path / "whole", predictions, targets)
-    assert find_folder_smells(tmp_path / "whole") == []
-    kept = [i for i, prediction in enumerate(predictions) if len(prediction["scores"])]
-    assert len(kept) < 290
-    write_folder(tmp_path / "skipped", [predictions[i] for i in kept], [targets[i] for i in kept])
-    (smell,) = find_folder_smells(tmp_path / "skipped")
-    assert smell.name == "images_without_detections_missing"
-    every = [f"{number:03d}" for number in range(300)]
-    (smell,) = find_folder_smells(tmp_path / "skipped", every)
-    assert smell.name == "ground_truth_missing"
-    assert f"{300 - len(kept)} images" in smell.message
-    assert find_folder_smells(tmp_path / "whole", every) == []
-
-
-@pytest.mark.parametrize(
-    "quality, threshold",
-    [
-        ({"recall": 1.0, "false_positives": 0}, 0),  # finds everything, and nothing else
-        ({"recall": 0.9, "false_positives": 6}, 0),  # any image has false ones
-        ({"recall": 0.95}, 0.5),
-    ],
-)
-def test_folders_in_which_every_image_should_have_detections(tmp_path, quality, threshold):
-    predictions, targets, _ = made_up(0, **quality)
-    write_folder(tmp_path, confident(predictions, threshold), targets)
-    assert find_folder_smells(tmp_path) == []
-
-
-def test_missing_detection_files(tmp_path):
-    predictions, targets, _ = made_up(0, num_images=20)
-    write_folder(tmp_path, predictions, targets)
-    for number in (3, 7, 8, 9):
-        (tmp_path / f"detection-results/{number:03d}.txt").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        (smell,) = find_folder_smells(tmp_path)
-    assert smell.name == "detection_files_missing"
-    assert "4 images (003, 007, 008 and 1 more)" in smell.message
+    with pytest.raises(ValueError, match=r"predictions\[1\]\['labels'\] must have shape"):
+        find_broken_numbers(predictions)
+    assert diagnostics([], [], []) == []
 
 
 # --------------------------------------------------------------------------------------------
@@ -346,9 +263,9 @@ def test_a_mirrored_detector_is_called_out(shapes, monkeypatch, mirrored):
     objects = [boxes[boxes[:, 4] >= 0] for _, _, boxes in val]
     targets = [{"boxes": rows[:, :4], "labels": rows[:, 4].long()} for rows in objects]
     sizes = [tuple(image.shape[1:]) for _, image, _ in val]
-    found = [s.name for s in find_smells(predictions, targets, SHAPES, image_sizes=sizes)]
+    found = [each.name for each in diagnostics(predictions, targets, sizes, SHAPES)]
     assert found == (["mirrored_diagonal"] if mirrored else [])
     if not mirrored:
         other = [{**p, "boxes": p["boxes"][:, [1, 0, 3, 2]]} for p in predictions]
-        smells = find_smells(other, targets, SHAPES, image_sizes=sizes)
-        assert "mirrored_diagonal" in [smell.name for smell in smells]
+        found = diagnostics(other, targets, sizes, SHAPES)
+        assert "mirrored_diagonal" in [each.name for each in found]

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from eecs598.metrics.average_precision import average_precision, match_detections
-from eecs598.metrics.errors import ERROR_KINDS, analyse_errors, confusion_matrix
+from eecs598.metrics.average_precision import average_precision
+from eecs598.metrics.errors import ERROR_KINDS, analyze_errors, confusion_matrix
+from eecs598.metrics.matching import Matches, match_detections
 from tests.evaluations import one_image
 
 NAMES = ["cat", "dog"]
@@ -22,6 +23,19 @@ NEAR_A = (9, 9, 18, 18)  # by one pixel of 199
 
 def call(*images: tuple[dict, dict]) -> tuple[list[dict], list[dict], list[str]]:
     return [entry[0] for entry in images], [entry[1] for entry in images], NAMES
+
+
+def matched(*images: tuple[dict, dict], iou_threshold: float = 0.5) -> Matches:
+    return match_detections(*call(*images), iou_threshold)
+
+
+def by_image(values: np.ndarray, matches: Matches) -> list[list]:
+    """Bring (K,) or (M,) values into the order of the predictions or targets, image by image."""
+    image, index = matches.image, matches.index
+    if len(values) != len(image) or values.dtype == bool:  # of the ground truth
+        image, index = matches.gt_image, matches.gt_index
+    order = np.lexsort((index, image))
+    return [values[order][image[order] == each].tolist() for each in range(matches.num_images)]
 
 
 def random_call(seed: int, num_images: int = 20) -> tuple[list[dict], list[dict], list[str]]:
@@ -60,14 +74,14 @@ CASES = {
         {"class": 3 / 4, "false positives": 1 / 4, "false negatives": 1 / 2},
     ),
     # The dog is found only by its upper third.
-    "localisation": (
+    "localization": (
         [(CAT, 0.9, B), (DOG, 0.8, THIRD_A)],
         [(CAT, B), (DOG, A)],
-        ["true", "localisation"],
+        ["true", "localization"],
         [False, False],
         1 / 2,
         # Without its box the dog has a false positive and nothing true: 0.
-        {"localisation": 1 / 2},
+        {"localization": 1 / 2},
     ),
     # A cat over the dog's upper third, ahead of the cat's own detection. The dog is missed.
     "both": (
@@ -123,7 +137,7 @@ CASES = {
     "exact thresholds": (
         [(CAT, 0.9, HALF_A), (DOG, 0.8, HALF_A), (DOG, 0.7, TENTH_A), (CAT, 0.6, TENTH_A)],
         [(CAT, A)],
-        ["true", "class", "both", "localisation"],
+        ["true", "class", "both", "localization"],
         [False],
         1,
         {},
@@ -148,22 +162,22 @@ CASES = {
         {"class": 1 / 4, "false positives": 1 / 4},
     ),
     # Precision 0, 0, 1/3. Put right, the first is true ahead of the false one, the last removed.
-    "localisation, of a box found by another with a lower score": (
+    "localization, of a box found by another with a lower score": (
         [(CAT, 0.9, THIRD_A), (CAT, 0.8, FAR), (CAT, 0.7, A)],
         [(CAT, A)],
-        ["localisation", "background", "true"],
+        ["localization", "background", "true"],
         [False],
         1 / 3,
-        {"localisation": 2 / 3, "background": 1 / 6, "false positives": 2 / 3},
+        {"localization": 2 / 3, "background": 1 / 6, "false positives": 2 / 3},
     ),
     # Precision 0, 0, 1/3 of two. Put right, the first is true and the second removed.
-    "two localisations of a box": (
+    "two localizations of a box": (
         [(CAT, 0.9, THIRD_A), (CAT, 0.8, TENTH_A), (CAT, 0.7, B)],
         [(CAT, A), (CAT, B)],
-        ["localisation", "localisation", "true"],
+        ["localization", "localization", "true"],
         [False, False],
         1 / 6,
-        {"localisation": 5 / 6, "false positives": 1 / 3, "false negatives": 1 / 6},
+        {"localization": 5 / 6, "false positives": 1 / 3, "false negatives": 1 / 6},
     ),
 }
 
@@ -171,9 +185,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_error_kinds_by_hand(case):
     detections, truths, kinds, missed, base, gains = CASES[case]
-    result = analyse_errors(*call(one_image(detections, truths)))
-    assert result.kinds == [kinds]
-    assert [part.tolist() for part in result.missed] == [missed]
+    matches = matched(one_image(detections, truths))
+    result = analyze_errors(matches)
+    assert by_image(result.kind, matches) == [kinds]
+    assert result.gt_missed.tolist() == missed
     assert result.map == pytest.approx(base)
     expected = {name: kinds.count(name) for name in ("true", "ignored", *ERROR_KINDS)}
     assert result.counts == {**expected, "missed": sum(missed)}
@@ -192,19 +207,21 @@ def test_what_an_error_is_about():
         [(CAT, B), (CAT, A), (DOG, B)],
     )
     second = one_image([(DOG, 0.5, THIRD_A), (CAT, 0.4, B)], [(CAT, B, True), (CAT, A)])
-    result = analyse_errors(*call(first, one_image([], []), second, one_image([], [(DOG, A)])))
-    assert result.kinds == [
-        ["class", "duplicate", "true", "background", "localisation"],
+    matches = matched(first, one_image([], []), second, one_image([], [(DOG, A)]))
+    result = analyze_errors(matches)
+    assert by_image(result.kind, matches) == [
+        ["class", "duplicate", "true", "background", "localization"],
         [],
         ["both", "ignored"],
         [],
     ]
-    assert [part.tolist() for part in result.concerns] == [[1, 1, 1, -1, 1], [], [1, 0], []]
-    overlaps = [part.tolist() for part in result.overlaps]
-    assert overlaps == [pytest.approx([1, 1, 1, -1, 0.3]), [], pytest.approx([0.3, 1]), []]
-    everywhere = [[True, False, True], [], [False, True], [True]]
-    assert [part.tolist() for part in result.undetected] == everywhere
-    assert [part.tolist() for part in result.missed] == everywhere  # each error has a found box
+    places = np.append(matches.gt_index, -1)[result.matched_gt]
+    assert by_image(places, matches) == [[1, 1, 1, -1, 1], [], [1, 0], []]
+    iou = by_image(result.iou, matches)
+    assert iou == [pytest.approx([1, 1, 1, -1, 0.3]), [], pytest.approx([0.3, 1]), []]
+    missed = [[True, False, True], [], [False, True], [True]]  # each error has a found box
+    assert by_image(result.gt_missed, matches) == missed
+    assert by_image(~matches.gt_found & ~matches.gt_difficult, matches) == missed
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
     assert set(result.to_dict()) >= {"counts", "gains", "map"}
 
@@ -213,7 +230,7 @@ def test_what_an_error_is_about():
     ("detections", "truths", "kind"),
     [
         # A dog's box and 30 % of a cat's: the framing comes first.
-        ([(CAT, 0.9, A)], [(CAT, (0, 7, 9, 16)), (DOG, A)], "localisation"),
+        ([(CAT, 0.9, A)], [(CAT, (0, 7, 9, 16)), (DOG, A)], "localization"),
         # On a dog, and on a cat that is taken: the name comes first.
         ([(CAT, 0.95, A), (CAT, 0.9, A)], [(CAT, A), (DOG, A)], "class"),
         # 30 % of a dog, and on a cat that is taken.
@@ -224,47 +241,49 @@ def test_what_an_error_is_about():
     ],
 )
 def test_the_first_kind_that_fits(detections, truths, kind):
-    assert analyse_errors(*call(one_image(detections, truths))).kinds[0][-1] == kind
+    matches = matched(one_image(detections, truths))
+    assert by_image(analyze_errors(matches).kind, matches)[0][-1] == kind
 
 
 def test_other_thresholds_move_the_kinds():
-    arguments = call(one_image([(CAT, 0.9, THIRD_A)], [(CAT, A)]))
-    assert analyse_errors(*arguments, 0.3).kinds == [["true"]]
-    assert analyse_errors(*arguments, background_threshold=0.4).kinds == [["background"]]
-    # Boxes that share nothing are background even then.
-    arguments = call(one_image([(CAT, 0.9, FAR)], [(CAT, A)]))
-    assert analyse_errors(*arguments, background_threshold=0).kinds == [["background"]]
+    third = one_image([(CAT, 0.9, THIRD_A)], [(CAT, A)])
+    assert analyze_errors(matched(third, iou_threshold=0.3)).kind.tolist() == ["true"]
+    matches = matched(third)
+    assert analyze_errors(matches, background_threshold=0.4).kind.tolist() == ["background"]
     with pytest.raises(ValueError, match=r"background_threshold must be in 0..iou_threshold"):
-        analyse_errors(*arguments, background_threshold=0.6)
+        analyze_errors(matches, background_threshold=0.6)
+    # Boxes that share nothing are background even then.
+    matches = matched(one_image([(CAT, 0.9, FAR)], [(CAT, A)]))
+    assert analyze_errors(matches, background_threshold=0).kind.tolist() == ["background"]
 
 
 def test_a_detector_that_finds_nothing_misses_everything():
-    result = analyse_errors(*call(one_image([], [(CAT, A), (DOG, B)]), one_image([], [])))
-    assert result.kinds == [[], []]
+    result = analyze_errors(matched(one_image([], [(CAT, A), (DOG, B)]), one_image([], [])))
+    assert len(result.kind) == 0
     assert result.counts["missed"] == 2
     assert (result.map, result.gains["missed"], result.gains_false_negatives) == (0, 1, 1)
     # Finding only what is not there is no better for a shorter list of boxes.
-    result = analyse_errors(*call(one_image([(CAT, 0.5, FAR)], [(CAT, A)])))
+    result = analyze_errors(matched(one_image([(CAT, 0.5, FAR)], [(CAT, A)])))
     assert (result.map, result.gains["missed"], result.gains_false_negatives) == (0, 0, 0)
     with pytest.raises(ValueError, match="no ground truth"):
-        analyse_errors(*call(one_image([(CAT, 0.5, FAR)], [])))
+        analyze_errors(matched(one_image([(CAT, 0.5, FAR)], [])))
 
 
 def test_properties_of_random_errors():
     seen: set[str] = set()
     for seed in range(20):
         arguments = random_call(seed)
-        result = analyse_errors(*arguments)
+        matches = match_detections(*arguments)
+        result = analyze_errors(matches)
         scores = average_precision(*arguments)
         assert result.map == scores["mAP"]
         true, false = (sum(scores[f"{column}_positives"].values()) for column in ("true", "false"))
         assert result.counts["true"] == true
         errors = [name for name in ERROR_KINDS if name != "missed"]
         assert sum(result.counts[name] for name in errors) == false
-        undetected = sum(part.sum() for part in result.undetected)
-        assert undetected == sum(scores["num_ground_truth"].values()) - true
-        for missed, lost in zip(result.missed, result.undetected, strict=True):
-            assert not (missed & ~lost).any()
+        lost = ~matches.gt_found & ~matches.gt_difficult
+        assert lost.sum() == sum(scores["num_ground_truth"].values()) - true
+        assert not (result.gt_missed & ~lost).any()
         assert all(-1e-12 < gain <= 1 - result.map + 1e-12 for gain in result.gains.values())
         removals = max(result.gains[name] for name in ("both", "duplicate", "background"))
         assert result.gains_false_positives >= removals - 1e-12
@@ -272,7 +291,7 @@ def test_properties_of_random_errors():
         # Without false positives the detections score as those of a detector that never had them.
         kept = [
             {key: value[np.array(kinds, dtype=str) == "true"] for key, value in prediction.items()}
-            for prediction, kinds in zip(arguments[0], result.kinds, strict=True)
+            for prediction, kinds in zip(arguments[0], by_image(result.kind, matches), strict=True)
         ]
         without = average_precision(kept, *arguments[1:])["mAP"]
         assert result.gains_false_positives == pytest.approx(without - result.map)
@@ -285,15 +304,13 @@ def test_the_order_of_images_does_not_matter_without_equal_scores():
     rng = np.random.default_rng(0)
     for prediction in predictions:
         prediction["scores"] = rng.random(len(prediction["scores"]))
-    forward = analyse_errors(predictions, targets, names)
-    backward = analyse_errors(predictions[::-1], targets[::-1], names)
+    there = match_detections(predictions, targets, names)
+    back = match_detections(predictions[::-1], targets[::-1], names)
+    forward, backward = analyze_errors(there), analyze_errors(back)
     assert backward.to_dict() == forward.to_dict()
-    assert backward.kinds == forward.kinds[::-1]
-    assert [part.tolist() for part in backward.missed[::-1]] == [
-        part.tolist() for part in forward.missed
-    ]
-    matrix = confusion_matrix(predictions, targets, names)
-    assert np.array_equal(confusion_matrix(predictions[::-1], targets[::-1], names), matrix)
+    assert by_image(backward.kind, back) == by_image(forward.kind, there)[::-1]
+    assert by_image(backward.gt_missed, back) == by_image(forward.gt_missed, there)[::-1]
+    assert np.array_equal(confusion_matrix(back), confusion_matrix(there))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -350,25 +367,25 @@ MATRICES = {
 @pytest.mark.parametrize("case", MATRICES)
 def test_confusion_matrix_by_hand(case):
     detections, truths, expected = MATRICES[case]
-    matrix = confusion_matrix(*call(one_image(detections, truths)))
+    matrix = confusion_matrix(matched(one_image(detections, truths)))
     assert matrix.dtype == np.int64
     assert matrix.tolist() == expected
-    twice = confusion_matrix(
-        *call(one_image(detections, truths), one_image([], []), one_image(detections, truths))
-    )
+    image = one_image(detections, truths)
+    twice = confusion_matrix(matched(image, one_image([], []), image))
     assert np.array_equal(twice, 2 * matrix)
 
 
 def test_rows_and_columns_add_up():
     for seed in range(5):
         arguments = random_call(seed)
-        matrix = confusion_matrix(*arguments, score_threshold=0.5)
         matches = match_detections(*arguments)
+        matrix = confusion_matrix(matches, score_threshold=0.5)
         assert matrix[:-1].sum(axis=1).tolist() == matches.num_ground_truth.tolist()
         # Columns are the detections but for those on difficult boxes.
         kept = np.bincount(matches.label[matches.score >= 0.5], minlength=2)
         assert (matrix[:, :-1].sum(axis=0) <= kept).all()
         easy = [{**target, "difficult": None} for target in arguments[1]]
-        matrix = confusion_matrix(arguments[0], easy, NAMES, score_threshold=0.5)
+        matches = match_detections(arguments[0], easy, NAMES)
+        matrix = confusion_matrix(matches, score_threshold=0.5)
         assert matrix[:, :-1].sum(axis=0).tolist() == kept.tolist()
         assert matrix[-1, -1] == 0

@@ -5,17 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import pytest
 
-from eecs598.metrics.average_precision import read_text_format, score_folder
-from eecs598.metrics.evaluation import image_names
-from eecs598.report.analysis import analyse, compare
+from eecs598.metrics import (
+    Matches,
+    analyze_errors,
+    average_precision,
+    bootstrap_map,
+    coco_metrics,
+    confusion_matrix,
+    find_diagnostics,
+    image_names,
+    match_detections,
+    matching,
+    precision_recall,
+    precision_recall_curves,
+    read_text_format,
+    score_folder,
+    score_matches,
+)
+from eecs598.report.analysis import analyze, compare
 from tests.evaluations import export, make_evaluation
 
 
 def test_the_metrics_of_an_evaluation_by_hand(tmp_path):
-    metrics = analyse(make_evaluation(tmp_path)).metrics
+    metrics = analyze(make_evaluation(tmp_path)).metrics
     # cat: 2 objects, one found by the first of 4 detections; the other class finds nothing.
     assert metrics["AP"] == {"cat": 0.5, "a < b": 0.0}
     assert metrics["mAP"] == 0.25
@@ -25,17 +41,73 @@ def test_the_metrics_of_an_evaluation_by_hand(tmp_path):
     assert metrics["best_f1"] == pytest.approx(0.4)
     assert metrics["confusion_matrix"] == [[1, 0, 1], [0, 0, 2], [0, 0, 0]]
     counts = metrics["errors"]["counts"]
-    assert [counts[kind] for kind in ("duplicate", "class", "localisation", "both")] == [1] * 4
+    assert [counts[kind] for kind in ("duplicate", "class", "localization", "both")] == [1] * 4
     assert counts["background"] == 1 and counts["missed"] == 1
     low, high = metrics["interval"]
     assert low <= metrics["mAP"] <= high
     json.dumps(metrics, allow_nan=False)
 
 
+def test_an_evaluation_is_matched_once(tmp_path, monkeypatch):
+    """By ``analyze`` and what comes before and after it: the mAP of training, a comparison."""
+    calls = Counter()
+
+    def count(name: str) -> None:
+        original = getattr(matching, name)
+
+        def counted(*args):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(matching, name, counted)
+
+    count("_match")
+    count("overlapping_pairs")
+    evaluation = make_evaluation(tmp_path)
+    map_of_training = score_matches(evaluation.matches)["mAP"]
+    analysis = analyze(evaluation)
+    assert analysis.matches is evaluation.matches and analysis.metrics["mAP"] == map_of_training
+    # Pairs of one class to match them, and those of any classes for the kinds of errors.
+    assert calls == {"_match": 1, "overlapping_pairs": 2}
+    folder = export(evaluation, tmp_path / "run")
+    compare(evaluation, read_text_format(folder), "the other")
+    assert calls["_match"] == 2  # the other one's
+
+
+def test_every_measure_is_what_it_is_on_its_own(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    metrics = analyze(evaluation).metrics
+    given = evaluation.predictions, evaluation.targets, evaluation.class_names
+
+    def matches() -> Matches:
+        return match_detections(*given)
+
+    interval = bootstrap_map(matches())
+    overall = precision_recall(matches())
+    threshold = overall.best_f1_threshold
+    curves = precision_recall_curves(matches())
+    assert metrics == {
+        **average_precision(*given),
+        "score_thresh": 0.05,
+        "mAP_11_point": average_precision(*given, method="11-point")["mAP"],
+        "interval": [interval.low, interval.high],
+        "best_f1": overall.best_f1,
+        "best_threshold": threshold,
+        "classes": {
+            name: {"best_f1": curve.best_f1, "best_threshold": curve.best_f1_threshold}
+            for name, curve in curves.items()
+        },
+        "confusion_matrix": confusion_matrix(matches(), threshold).tolist(),
+        "errors": analyze_errors(matches()).to_dict(),
+        "diagnostics": [d.message for d in find_diagnostics(matches(), evaluation.image_sizes)],
+        "coco": coco_metrics(matches()),
+    }
+
+
 def test_an_evaluation_without_detections(tmp_path):
-    metrics = analyse(make_evaluation(tmp_path, drop=("first", "second", "fourth"))).metrics
+    metrics = analyze(make_evaluation(tmp_path, drop=("first", "second", "fourth"))).metrics
     assert metrics["mAP"] == 0 and metrics["best_threshold"] is None
-    assert metrics["smells"]  # nothing detected at all
+    assert metrics["diagnostics"]  # nothing detected at all
 
 
 def test_a_comparison_with_itself_shows_no_difference(tmp_path):
@@ -94,4 +166,4 @@ def test_numbers_that_are_none_are_explained(tmp_path):
     evaluation = make_evaluation(tmp_path)
     evaluation.predictions[0]["scores"][1] = math.nan
     with pytest.raises(ValueError, match="(?s)must be finite.*NaN"):
-        analyse(evaluation)
+        analyze(evaluation)

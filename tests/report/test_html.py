@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from eecs598.metrics.average_precision import read_text_format
-from eecs598.report.analysis import analyse, compare
+from eecs598.metrics.text_format import read_text_format
+from eecs598.report.analysis import analyze, compare
 from eecs598.report.html import figures_html, write_report
 from tests.evaluations import KINDS, export, make_evaluation
 
@@ -25,7 +25,7 @@ def report(tmp_path_factory):
     other = export(make_evaluation(folder, drop=("first",)), folder / "other")
     write_report(
         folder / "report.html",
-        analyse(evaluation),
+        analyze(evaluation),
         title="shapes <val>",
         facts=["run/checkpoint.pt"],
         comparison=compare(evaluation, read_text_format(other), "the other run"),
@@ -91,7 +91,7 @@ def test_the_comparison_is_in_words(report):
 
 
 def test_images_that_are_gone_leave_out_pictures_only(tmp_path):
-    analysis = analyse(make_evaluation(tmp_path))
+    analysis = analyze(make_evaluation(tmp_path))
     for path in tmp_path.glob("*.png"):
         path.unlink()
     write_report(tmp_path / "report.html", analysis, title="val")
@@ -102,7 +102,7 @@ def test_images_that_are_gone_leave_out_pictures_only(tmp_path):
 def test_ground_truth_outside_its_image(tmp_path):
     evaluation = make_evaluation(tmp_path)
     evaluation.targets[2]["boxes"] += 300.0
-    write_report(tmp_path / "report.html", analyse(evaluation), title="val")
+    write_report(tmp_path / "report.html", analyze(evaluation), title="val")
     assert 'data-kind="missed"' in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -120,14 +120,14 @@ def test_many_classes_all_have_their_mistakes(tmp_path):
         predictions=[everything],
         targets=[nothing],
     )
-    write_report(tmp_path / "report.html", analyse(evaluation), title="val")
+    write_report(tmp_path / "report.html", analyze(evaluation), title="val")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for kind in ("missed", "background"):
         assert len(re.findall(f'data-kind="{kind}"', text)) == count
 
 
 def test_figures_for_a_notebook(tmp_path):
-    html = figures_html(analyse(make_evaluation(tmp_path)))
+    html = figures_html(analyze(make_evaluation(tmp_path)))
     assert html.count("<svg") >= 5 and "<html" not in html and "<script" not in html
 
 
