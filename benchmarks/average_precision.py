@@ -102,7 +102,7 @@ def _from_files(
     assert abs(ours() - average_precision(predictions, targets, names)["mAP"]) < 1e-9
     for peer in COCO_LIBRARIES:
 
-        def evaluate(peer=peer) -> float:
+        def evaluate(peer: str = peer) -> float:
             return _coco_evaluation(peer, folder / "truth.json", folder / "found.json")()
 
         _check_close(evaluate(), ours())
