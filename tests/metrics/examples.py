@@ -200,7 +200,7 @@ def random_images(seed: int, count: int = 40) -> tuple[list[dict], list[dict]]:
     return predictions, targets
 
 
-def one_image(**changes) -> tuple[list[dict], list[dict], list[str]]:
+def valid_call(**changes) -> tuple[list[dict], list[dict], list[str]]:
     """A valid call; ``prediction_boxes=...`` and the like replace one part (None removes it)."""
     box, label = torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([0])
     prediction = {"boxes": box, "labels": label, "scores": torch.tensor([0.5])}

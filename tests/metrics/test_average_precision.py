@@ -25,12 +25,12 @@ from tests.metrics.examples import (
     FAR,
     NAMES,
     one_class,
-    one_image,
     random_folder,
     random_images,
     row_of_boxes,
     slow_score,
     status,
+    valid_call,
     write_folder,
 )
 
@@ -168,7 +168,7 @@ def test_eleven_points_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match="method must be one of all-point, 11-point, got '12'"):
         score_folder(folder, method="12")
     with pytest.raises(ValueError, match="method must be one of"):
-        average_precision(*one_image(), method="12")
+        average_precision(*valid_call(), method="12")
 
 
 def test_eleven_points_agree_with_fractions(tmp_path):
@@ -353,7 +353,7 @@ def test_files_score_exactly_as_tensors(tmp_path):
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_wrong_thresholds_are_named(tmp_path, threshold):
     with pytest.raises(ValueError, match="iou_threshold must be in 0..1"):
-        average_precision(*one_image(), threshold)
+        average_precision(*valid_call(), threshold)
     folder = write_folder(tmp_path, {"1": "cat 0 0 9 9"}, {"1": ""})
     with pytest.raises(ValueError, match="iou_threshold must be in 0..1"):
         score_folder(folder, threshold)

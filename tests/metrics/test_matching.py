@@ -9,7 +9,7 @@ import torch
 from eecs598.metrics.average_precision import average_precision, precision_recall_curves
 from eecs598.metrics.matching import match_detections
 from eecs598.metrics.text_format import write_text_format
-from tests.metrics.examples import NAMES, one_image, random_images, row_of_boxes, status
+from tests.metrics.examples import NAMES, random_images, row_of_boxes, status, valid_call
 
 
 def test_matches_of_two_images():
@@ -98,7 +98,7 @@ def test_nothing_to_match():
         assert matches.num_images == len(images)
         with pytest.raises(ValueError, match="no ground truth"):
             precision_recall_curves(matches)
-    predictions, targets, names = one_image()
+    predictions, targets, names = valid_call()
     result = average_precision([nothing], targets, names)
     assert (result["mAP"], result["num_detections"]["cat"]) == (0, 0)
     assert status(match_detections(predictions, [nothing], names)) == ["false"]
@@ -160,9 +160,9 @@ def test_inputs_stay_as_they_are():
 )
 @pytest.mark.filterwarnings("error")
 def test_wrong_tensors_are_named(changes, message):
-    assert average_precision(*one_image())["mAP"] == 1.0
+    assert average_precision(*valid_call())["mAP"] == 1.0
     with pytest.raises(ValueError, match=message):
-        average_precision(*one_image(**changes))
+        average_precision(*valid_call(**changes))
 
 
 def test_the_wrong_image_is_named():
@@ -173,7 +173,7 @@ def test_the_wrong_image_is_named():
 
 
 def test_wrong_calls_are_named():
-    predictions, targets, names = one_image()
+    predictions, targets, names = valid_call()
     with pytest.raises(ValueError, match="predictions of 2 images and targets of 1"):
         average_precision(predictions * 2, targets, names)
     with pytest.raises(ValueError, match="the 0 images have no ground truth"):
@@ -184,7 +184,7 @@ def test_wrong_calls_are_named():
 
 @pytest.mark.parametrize("names", ["cat", {0: "cat"}, [], [0], ["cat", "cat"], [" cat"], ["c\nt"]])
 def test_wrong_class_names_are_named(tmp_path, names):
-    predictions, targets, _ = one_image()
+    predictions, targets, _ = valid_call()
     with pytest.raises(ValueError, match="class_names|class name"):
         average_precision(predictions, targets, names)
     with pytest.raises(ValueError, match="class_names|class name"):

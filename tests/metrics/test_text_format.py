@@ -10,7 +10,7 @@ import torch
 
 from eecs598.metrics.average_precision import score_folder
 from eecs598.metrics.text_format import read_text_format, write_text_format
-from tests.metrics.examples import NAMES, one_image, write_folder
+from tests.metrics.examples import NAMES, valid_call, write_folder
 
 
 def test_lines_are_read_from_the_right_and_blank_lines_skipped(tmp_path):
@@ -148,14 +148,14 @@ def test_written_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "a/b", "/a", "a\0b"])
 def test_wrong_image_names_are_named(tmp_path, name):
-    predictions, targets, names = one_image()
+    predictions, targets, names = valid_call()
     with pytest.raises(ValueError, match="cannot name a file"):
         write_text_format(tmp_path / "out", name, predictions[0], targets[0], names)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    predictions, targets, names = one_image()
+    predictions, targets, names = valid_call()
     write_text_format(tmp_path, "1", predictions[0], targets[0], names)
     before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
 
