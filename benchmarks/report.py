@@ -1,4 +1,4 @@
-"""How long do all metrics of a report take, next to COCO's twelve numbers by the fastest tool?"""
+"""How long do all metrics of a report take, next to measures that each match anew?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.average_precision import NUM_CLASSES, coco_records, random_boxes
+from benchmarks.average_precision import NUM_CLASSES, random_boxes
 from benchmarks.timing import Row, side_by_side
 from eecs598.metrics import (
     Evaluation,
@@ -30,7 +30,7 @@ REPETITIONS = 5
 
 
 def rows(device: str) -> Iterator[Row]:
-    """Time ``analyze`` next to ``faster-coco-eval``, and to measures that each match anew."""
+    """Time ``analyze`` next to its measures called one by one, each on matches of its own."""
     evaluation = make_evaluation()
     question = f"all metrics of a report of {NUM_IMAGES:,} images, {NUM_DETECTIONS:,} detections"
 
@@ -38,13 +38,6 @@ def rows(device: str) -> Iterator[Row]:
         # Another evaluation each time: one keeps its matches.
         return analyze(dataclasses.replace(evaluation)).metrics
 
-    def library() -> list[float]:
-        return _coco_stats(evaluation)
-
-    numbers = [-1 if value is None else value for value in ours()["coco"].values()]
-    assert np.allclose(numbers, library(), rtol=0, atol=1e-12)
-    times = side_by_side(ours, library, REPETITIONS)
-    yield Row(question, "faster-coco-eval, COCO's twelve numbers alone", *times, 1.0)
     times = side_by_side(ours, lambda: _each_matched_anew(evaluation), REPETITIONS)
     yield Row(question, "ours, every measure matching anew", *times, None)
 
@@ -84,17 +77,6 @@ def make_evaluation() -> Evaluation:
         targets=targets,
         score_thresh=0.05,
     )
-
-
-def _coco_stats(evaluation: Evaluation) -> list[float]:
-    """Return COCO's twelve numbers by ``faster-coco-eval``, from its records on."""
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    document, found = coco_records(evaluation.predictions, evaluation.targets)
-    detections = {**document, "annotations": found}
-    run = COCOeval_faster(COCO(document), COCO(detections), "bbox", print_function=lambda *_: None)
-    run.run()
-    return np.asarray(run.stats)[:12].tolist()
 
 
 def _each_matched_anew(evaluation: Evaluation) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class Analysis:
         metrics: what ``average_precision`` returns, with ``score_thresh``, ``mAP_11_point``,
             ``interval`` (95 % of the mAP), ``best_f1`` of all classes together and the
             ``best_threshold`` that gives it, ``classes`` (best F1 and threshold of each),
-            ``confusion_matrix`` at that threshold, ``errors``, ``diagnostics`` and ``coco``.
+            ``confusion_matrix`` at that threshold, ``errors``, ``diagnostics`` and ``coco``
+            (None where ``faster-coco-eval`` is not installed).
         matches: the detections matched to the ground truth.
         curves: precision over recall of each class with ground truth.
         errors: the kind of each error.
@@ -106,7 +108,7 @@ def analyze(evaluation: Evaluation) -> Analysis:
         confusion_matrix=confusion_matrix(matches, overall.best_f1_threshold or 0.0).tolist(),
         errors=errors.to_dict(),
         diagnostics=[diagnostic.message for diagnostic in diagnostics],
-        coco=coco_metrics(matches),
+        coco=coco_metrics(matches) if find_spec("faster_coco_eval") is not None else None,
     )
     return Analysis(evaluation, metrics, matches, curves, errors, diagnostics)
 
