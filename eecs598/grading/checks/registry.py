@@ -16,6 +16,18 @@ The checks run on the CPU, are deterministic, and leave random generators, the w
 and the output streams of the caller unchanged. They import no module of the assignment and call
 only its public names, so they judge all implementations alike. They run the code of the submission
 in this process; ``eecs598.grading.sandbox`` isolates it and limits its time.
+
+To add a check:
+
+1. Write ``check_x(submission)`` in the file of its part; it begins with ``CheckResult("x")``. Every
+   probe is made whatever fails, since ``labels_of`` learns the labels from an empty submission.
+2. Add it to ``_CHECKS_AND_NAMES`` below, and to ``_WHOLE_DETECTOR`` if it tests how parts work
+   together.
+3. Give it points in ``rubric.toml``; all of them add up to 100, so another section gets fewer. A
+   check without points is named in ``tests/grading/test_rubric.py`` (``unlisted``) and in
+   ``docs/grading-yourself.md``.
+4. Add a mutant, a wrong solution that it catches, to the tests of its file in
+   ``tests/grading/checks``.
 """
 
 from __future__ import annotations
