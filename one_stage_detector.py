@@ -837,7 +837,6 @@ class FCOS(nn.Module):
         outputs = NetworkOutputs(
             locations_per_fpn_level, pred_cls_logits, pred_boxreg_deltas, pred_ctr_logits
         )
-        found = self.post_processor(outputs, images.shape[-2:], test_score_thresh, test_nms_thresh)[
-            0
-        ]
+        image_size = images.shape[-2:]
+        found = self.post_processor(outputs, image_size, test_score_thresh, test_nms_thresh)[0]
         return found["boxes"], found["labels"], found["scores"]
