@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(handout with --data, otherwise shapes)",
     )
     parser.add_argument(
-        "--cache", action="store_true", help="keep the images in memory (up to 4 GB a split)"
+        "--cache", action="store_true", help="keep the images in memory (up to 4 GB per split)"
     )
     add_machine_options(parser)
     add_settings(parser)

@@ -111,7 +111,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
-    """Read a file as an RGB image with 8 bits a channel.
+    """Read a file as an RGB image with 8 bits per channel.
 
     Transparent parts become white. Values of 16 bits are scaled by their full range, whatever part
     of it the image uses; floating-point values from 0..1 or from 0..255, whichever range they lie
