@@ -431,8 +431,8 @@ def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
 
 
 # Every choice for ``FCOS(box_loss=...)``. A function takes the predicted deltas (B, N, 4) and the
-# targets, and returns the loss of every location, (B, N, 4) or (B, N, 1). It need not care for
-# background, which is masked afterwards.
+# targets, and returns the loss of every location, (B, N, 4) or (B, N, 1). The loss of background
+# locations is masked afterwards; only its gradient has to be finite there.
 BOX_LOSSES: dict[str, Callable[[Tensor, LocationTargets], Tensor]] = {
     "l1": l1_box_loss,
     "giou": giou_box_loss,

@@ -1,4 +1,4 @@
-"""How long do all metrics of a report take, next to COCO's twelve numbers by the fastest tool?"""
+"""Time of all metrics of a report, compared with COCO's twelve numbers by the fastest tool."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**
 
 
 class _Candidates(NamedTuple):
-    """Pairs of one image and class that overlap by the lowest threshold, and what they are about.
+    """Pairs of one image and class whose IoU reaches the lowest threshold.
 
     Detections are limited to the MAX_DETECTIONS of each image and class with the highest scores.
     """
