@@ -132,7 +132,7 @@ class OptimizationSettings(_Group):
 class RunSettings(_Group):
     """What is written and when: arguments of ``TrainingRun``.
 
-    They change no weight, so a run that goes on may get others.
+    They change no weight, so a run may be resumed with others.
     """
 
     checkpoint_every: int = _setting(500, "iterations between two checkpoints (500)", at_least=0)
