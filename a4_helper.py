@@ -468,7 +468,7 @@ def evaluate_detector(
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.device(device).type != "cpu",
-        generator=torch.Generator(),  # or an evaluation would change the training after it
+        generator=torch.Generator(),  # the global one must not depend on evaluations
     )
     detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
     shares = gather(

@@ -431,8 +431,8 @@ def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
 
 
 # Every choice for ``FCOS(box_loss=...)``. A function takes the predicted deltas (B, N, 4) and the
-# targets, and returns the loss of every location, (B, N, 4) or (B, N, 1). It need not care for
-# background, which is masked afterwards.
+# targets, and returns the loss of every location, (B, N, 4) or (B, N, 1). The loss of background
+# locations is masked afterwards; only its gradient has to be finite there.
 BOX_LOSSES: dict[str, Callable[[Tensor, LocationTargets], Tensor]] = {
     "l1": l1_box_loss,
     "giou": giou_box_loss,
@@ -837,7 +837,6 @@ class FCOS(nn.Module):
         outputs = NetworkOutputs(
             locations_per_fpn_level, pred_cls_logits, pred_boxreg_deltas, pred_ctr_logits
         )
-        found = self.post_processor(outputs, images.shape[-2:], test_score_thresh, test_nms_thresh)[
-            0
-        ]
+        image_size = images.shape[-2:]
+        found = self.post_processor(outputs, image_size, test_score_thresh, test_nms_thresh)[0]
         return found["boxes"], found["labels"], found["scores"]

@@ -1,4 +1,4 @@
-"""How much mAP does each change of the settings give? One change at a time, everything else equal.
+"""Ablation: the mAP that each change of the settings gives, with everything else equal.
 
     python -m benchmarks.ablation --data DIR --out runs/ablation [fcos train's options]
 

@@ -1,4 +1,4 @@
-"""How long does the mAP of 2,510 images take, next to COCO's tools?"""
+"""Time of the mAP of 2,510 images, compared with COCO's tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long does the command line take to answer, compared with a Python that does nothing?"""
+"""Time of ``fcos --help``, compared with a Python that does nothing."""
 
 from __future__ import annotations
 

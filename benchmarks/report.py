@@ -1,4 +1,4 @@
-"""How long do all metrics of a report take, next to measures that each match anew?"""
+"""Time of all metrics of a report, compared with the same measures that each match anew."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@
     fcos grade FOLDER...                points for what others handed in
 
 ``fcos COMMAND --help`` lists the options. Each command is a module with ``add_options(parser)``,
-which sets ``run`` to the function that runs it. The modules import what is heavy inside of their
+which sets ``run`` to the function that runs it. They import PyTorch and the like inside of their
 functions, so that ``--help`` answers at once.
 """
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: The arguments after the name of the program; those of this process unless given.
+        argv: the arguments after the name of the program; those of this process unless given.
 
     Returns:
         The exit status: 0, 1 for data with errors or missing points, 2 for wrong input, and 128

@@ -1,4 +1,4 @@
-"""``fcos data``: make, download or check a data set; and what training needs to know of it."""
+"""``fcos data``: make, download or check a data set; and the contents of one, for training."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def generated_shapes() -> Path:
 def describe_contents(
     data: str | Path, splits: Mapping[str, Sequence[Instance]], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Count what there is to learn.
+    """Count the images and objects of each split.
 
     Args:
         data: folder of the data, for the error message.

@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="seconds for loading a submission, and for each check (60)",
     )
     parser.add_argument(
-        "--jobs", type=positive_int, metavar="N", help="submissions at a time (one a core)"
+        "--jobs", type=positive_int, metavar="N", help="submissions at a time (one per core)"
     )
     parser.add_argument(
         "--memory",

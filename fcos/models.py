@@ -36,7 +36,7 @@ def build_detector(settings: ModelSettings, num_classes: int, *, load_weights: b
             random ones, since those of a checkpoint are loaded afterwards.
 
     Raises:
-        ValueError: a setting that ``FCOS`` does not take, or weights that can't be had.
+        ValueError: a setting that ``FCOS`` does not take, or weights that can't be loaded.
     """
     kwargs = settings.kwargs()
     if not load_weights:
@@ -76,7 +76,7 @@ def load_detector(
     state, names = checkpoint["model"], checkpoint["classes"]
     if names is not None and classes is not None:
         raise ValueError(
-            f"{path} knows its classes: {', '.join(names)}. Leave out --classes, which is for "
+            f"{path} has class names: {', '.join(names)}. Leave out --classes, which is for "
             "plain state dicts."
         )
     if checkpoint["settings"] is None:
@@ -136,7 +136,7 @@ def _class_names(
             return list(VOC2007_CLASSES)
     if count != len(names):
         raise ValueError(
-            f"{path} knows {count} classes; {len(names)} names were given: {names}. A "
+            f"{path} has {count} classes; {len(names)} names were given: {names}. A "
             "plain state dict has no class names; give those that it was trained on, by the data "
             "or, for pictures, as --classes A,B,C."
         )

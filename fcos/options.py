@@ -1,4 +1,4 @@
-"""What commands share of their options: types, groups, and what the values mean."""
+"""Options that several commands have: their types, their groups and their meaning."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def check_value(
     """Convert the text of an option.
 
     Args:
-        kind: Converts the text, or raises ValueError.
-        text: What was typed.
-        accepts: Whether a value is in range.
-        expected: What the message says of the values in range.
+        kind: converts the text, or raises ValueError.
+        text: what was typed.
+        accepts: whether a value is in range.
+        expected: the values in range, in words for the message.
 
     Raises:
-        argparse.ArgumentTypeError: The text is not what was expected.
+        argparse.ArgumentTypeError: the text is not what was expected.
     """
     try:
         value = kind(text)
@@ -124,7 +124,7 @@ def add_detection_options(parser: argparse.ArgumentParser, score_thresh: float) 
 
 
 def add_backbone_option(parser: argparse._ActionsContainer, text: str = "") -> None:
-    """Add ``--backbone NAME``; ``text`` says what it is for."""
+    """Add ``--backbone NAME``; ``text`` says when it is needed."""
     from eecs598.training import SETTINGS
 
     default = SETTINGS["model"]["backbone"].default
@@ -194,7 +194,7 @@ def _parser_of(setting: Setting) -> Callable[[str], Any]:
 
 
 # --------------------------------------------------------------------------------------------
-# What the values mean
+# Meaning of the values
 # --------------------------------------------------------------------------------------------
 
 
@@ -221,11 +221,11 @@ def make_empty_folder(folder: Path, option: str) -> Path:
     """Make a folder for results.
 
     Args:
-        folder: What to make, with its parents.
-        option: With which the user chose it, for the error message.
+        folder: to make, with its parents.
+        option: that the user chose it with, for the error message.
 
     Raises:
-        ValueError: There is something in it already, or it is a file.
+        ValueError: it is not empty, or it is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another one with {option}.")

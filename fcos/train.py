@@ -1,4 +1,4 @@
-"""``fcos train``: one training run, from its settings to the report of what it achieved."""
+"""``fcos train``: one training run, from its settings to its report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(handout with --data, otherwise shapes)",
     )
     parser.add_argument(
-        "--cache", action="store_true", help="keep the images in memory (up to 4 GB a split)"
+        "--cache", action="store_true", help="keep the images in memory (up to 4 GB per split)"
     )
     add_machine_options(parser)
     add_settings(parser)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, device: str) -> None:
-    """Settings, data, detector, training, report: everything that a run does, in this order."""
+    """Do all steps of a run: settings, data, detector, training, report."""
     import torch
 
     from a4_helper import VOC2007DetectionTiny, train_detector
@@ -168,7 +168,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
         num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=device != "cpu",
-        generator=torch.Generator(),  # or the loader would draw from the one of the training
+        generator=torch.Generator(),  # the global one must not depend on the loader
     )
     description.environment[-1] |= {
         "device": device,

@@ -99,7 +99,7 @@ def test_json_and_xml_give_the_same_items(voc2007_dir, tmp_path):
         assert path.name == other_path.name and torch.equal(boxes, other_boxes)
 
 
-def test_normalisation_is_imagenets_and_can_be_undone(small_voc):
+def test_normalization_is_imagenets_and_can_be_undone(small_voc):
     path, image, _ = VOC2007DetectionTiny(small_voc, "val", image_size=64, classes=CLASSES)[0]
     with Image.open(path) as picture:
         pixels = TF.to_tensor(picture)

@@ -1,4 +1,4 @@
-"""Location n and prediction n are the same place: proved by behaviour, not by shapes.
+"""Location n and prediction n are the same place: proved by behavior, not by shapes.
 
 With another order the two are mirror images of each other across the diagonal of the feature map.
 Training still converges and mAP halves, so nothing but a test like this one tells.

@@ -37,7 +37,7 @@ Target = dict[str, Tensor]  # "boxes" (M, 4) as ``tv_tensors.BoundingBoxes``, "l
 
 @contextlib.contextmanager
 def local_seed(seed: int) -> Iterator[None]:
-    """Seed PyTorch's generator of the CPU for a block; afterwards it continues as if untouched."""
+    """Seed PyTorch's generator of the CPU for a block; afterwards it has its old state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU, too
         yield

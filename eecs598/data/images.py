@@ -46,11 +46,11 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The formats that are opened, whatever the name of the file. Fewer than Pillow knows: some formats
+# The formats that are opened, whatever the name of the file. Pillow supports more, but some of them
 # are programs (Pillow hands EPS to Ghostscript), and the files may come from anyone.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-# What telephones write and Pillow can't read: an error that names the file is better than silence.
+# Photographs of telephones that Pillow can't read: they cause an error and are not skipped.
 _UNREADABLE_SUFFIXES = frozenset({".heic", ".heif"})
 
 # Longer side / shorter side. With the shorter one resized to 224 pixels, an image of 1 x 5,000
@@ -111,7 +111,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
-    """Read a file as an RGB image with 8 bits a channel.
+    """Read a file as an RGB image with 8 bits per channel.
 
     Transparent parts become white. Values of 16 bits are scaled by their full range, whatever part
     of it the image uses; floating-point values from 0..1 or from 0..255, whichever range they lie

@@ -48,8 +48,8 @@ _SIZE_BANDS = ((13, 24), (24, 40), (40, 64), (64, 128), (128, 220))
 _BAND_WEIGHTS = (2, 8, 26, 40, 24)
 _COUNT_WEIGHTS = (1, 2, 4, 5, 5, 5, 4, 3)  # for 1, 2, ... 8 objects
 
-# Share of its silhouette that stays visible of an object, and of the few crowded ones; share of an
-# object that may cover others, and how often there is no such limit.
+# How much of its silhouette stays visible: of most objects, of crowded ones; the share of those.
+# How much of an object may cover others, and the share of objects without this limit.
 _CLEAR, _CROWDED, _CROWDED_SHARE = 0.6, 0.15, 0.12
 _COVER, _COVERING_SHARE = 0.1, 0.2
 _OVERHANG, _OVERHANG_SHARE = 0.4, 0.15  # how far over the border, and how often
@@ -304,10 +304,10 @@ def _lit(
 
 
 def _offset(rng: random.Random, frame: int, side: int, overhang: float) -> int:
-    """Draw the offset of an object inside the frame, or of one that covers the whole frame.
+    """Choose the offset of an object so that it lies in the frame or covers it.
 
-    Uniform; ``overhang`` extends the range by a share of the object on either side. Each axis is
-    drawn separately, so that nothing favors the place mirrored across the diagonal.
+    It is uniform; ``overhang`` extends the range by a share of the object on either side. Each axis
+    has a number of its own, so that nothing favors the place mirrored across the diagonal.
     """
     low, high = sorted((0, frame - side))
     extra = overhang * min(frame, side)

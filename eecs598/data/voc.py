@@ -185,7 +185,7 @@ def read_split(root: str | os.PathLike[str], split: str) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     ids = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in lines if line.strip()]
     if not ids:
-        raise ValueError(f"{path} is empty; expected one image id a line")
+        raise ValueError(f"{path} is empty; expected one image id per line")
     return ids
 
 

@@ -54,7 +54,6 @@ OWN_WORK = {"common", "one_stage_detector"}
 # The packages below which the files of the submission and of the reference solution are imported.
 THEIRS, OURS = "submission", "ours"
 
-SKIPPED_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "site-packages"}
 MAX_NOTES = 40
 
 

@@ -105,7 +105,7 @@ def find_diagnostics(matches: Matches, image_sizes: Sequence[tuple[int, int]]) -
         *extents,
         *mirrored,
     ]
-    # Only detections that follow their objects can be off them in one direction.
+    # A common shift or scale can be measured only where the detections follow their objects.
     follow = _follow(correlation.diagonal().min(), num_pairs)
     if follow and not extents and not mirrored:
         found += _shifted_or_scaled(matches)

@@ -14,7 +14,7 @@ from eecs598.metrics.matching import Matches, match_detections
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a detector found in a data set, and what there was to find.
+    """The detections of a data set, and its ground truth.
 
     Attributes:
         class_names: the C names.

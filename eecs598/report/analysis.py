@@ -1,4 +1,4 @@
-"""Everything that is asked about one evaluation, and its comparison with another one.
+"""All metrics of one evaluation for its report, and its comparison with another one.
 
 ``analyze(evaluation).metrics`` are the plain numbers that ``metrics.json`` holds.
 """
@@ -38,7 +38,7 @@ from eecs598.metrics import (
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that is asked about one evaluation.
+    """All results about one evaluation.
 
     Attributes:
         evaluation: what was analyzed.

@@ -1,4 +1,4 @@
-"""What is seen of a training run: the history of its losses, log lines, progress bar and plot."""
+"""The log of a training run: history of the losses, log lines, progress bar and plot."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ __all__ = ["NotebookSettings", "notebook_settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class NotebookSettings:
-    """Everything that the notebook's cells need to know about where and how they run.
+    """What the notebook runs on and for how long: the decisions of ``notebook_settings``.
 
     Attributes:
         data: ``"voc2007"``, ``"shapes"`` or the path of a folder.

@@ -29,7 +29,7 @@ __all__ = [
 
 @runtime_checkable
 class _HasBackbone(Protocol):
-    """A model that knows which of its parameters belong to the backbone."""
+    """A model that lists the parameters of its backbone."""
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
         """Return them."""
@@ -63,7 +63,7 @@ def make_optimizer(
         backbone_lr_factor: the learning rate of the backbone's parameters is multiplied by it.
 
     Raises:
-        ValueError: another name, or a factor for a model that does not tell its backbone.
+        ValueError: another name, or a factor for a model without ``backbone_parameters()``.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r}; expected {_one_of(OPTIMIZERS)}.")

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it takes to continue after a stop, and to know what was done.
+"""The folder of a training run: description, checkpoints, history; stopping and resuming.
 
 run.json            recipe, settings, data, command, versions, state of the repository
 checkpoint.pt       the last checkpoint: everything that the run continues from
@@ -355,7 +355,7 @@ class TrainingRun:
         assert self.evaluate is not None
         self._evaluating = True
         try:
-            if self.signal_number is not None:  # it came a moment ago
+            if self.signal_number is not None:  # it came while the checkpoint was written
                 raise KeyboardInterrupt
             entry = {"iteration": iteration, "mAP": self.evaluate(model)}
         except KeyboardInterrupt:

@@ -132,7 +132,7 @@ class OptimizationSettings(_Group):
 class RunSettings(_Group):
     """What is written and when: arguments of ``TrainingRun``.
 
-    They change no weight, so a run that goes on may get others.
+    They change no weight, so a run may be resumed with others.
     """
 
     checkpoint_every: int = _setting(500, "iterations between two checkpoints (500)", at_least=0)
@@ -147,8 +147,8 @@ class RunSettings(_Group):
 class Settings:
     """Everything that decides what a training run on given data ends in, up to rounding.
 
-    The defaults are the assignment's. Where a type allows None, None is "without". No two settings
-    have the same name, in whatever group they are.
+    The defaults are the assignment's. None, where a type allows it, means "without". No two
+    settings have the same name, whatever their group.
     """
 
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
@@ -241,7 +241,7 @@ def _check_names(what: str, given: Any, expected: Iterable[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------
-# What a setting takes
+# Types and ranges of settings
 # --------------------------------------------------------------------------------------------
 
 
@@ -287,10 +287,10 @@ class Setting:
         return tuple(self._parse_one(part) for part in parts)
 
     def check(self, value: Any) -> None:
-        """See that a value is one that the setting takes.
+        """Check that a value has the right type and range.
 
         Raises:
-            ValueError: it is not; the message says what was expected.
+            ValueError: it has not; the message says what was expected.
         """
         if value is None and self.allows_none:
             return
@@ -361,7 +361,7 @@ def _settings_of(group: type[_Group]) -> tuple[Setting, ...]:
     return tuple(settings)
 
 
-# Name of a group -> name of a setting -> what it takes.
+# Name of a group -> name of a setting -> its type and range.
 SETTINGS: dict[str, dict[str, Setting]] = {
     name: {setting.name: setting for setting in _settings_of(type(group))}
     for name, group in Settings()._groups()

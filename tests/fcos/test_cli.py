@@ -95,7 +95,7 @@ def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys)
     torch.save(checkpoint["model"], run_folder / "other_classes.pt")
     arguments = ["eval", str(run_folder / "other_classes.pt"), "--data", str(run_folder / "shapes")]
     assert cli.main(arguments) == 2
-    assert f"knows {2 * len(bias)} classes" in capsys.readouterr().err
+    assert f"has {2 * len(bias)} classes" in capsys.readouterr().err
     torch.save({"w": torch.ones(2)}, run_folder / "other_net.pt")
     arguments = ["eval", str(run_folder / "other_net.pt"), "--data", str(run_folder / "shapes")]
     assert cli.main(arguments) == 2

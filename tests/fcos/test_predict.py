@@ -183,7 +183,7 @@ def test_what_ends_with_status_2(checkpoint, tmp_path, capsys):
         ([str(checkpoint), str(tmp_path / "none.png"), "--out", out], "none.png"),
         ([str(checkpoint), str(tmp_path / "full"), "--out", out], "no image"),
         ([str(checkpoint), image, "--out", str(tmp_path / "full")], "not empty"),
-        ([str(checkpoint), image, "--out", out, "--classes", "a,b"], "knows its classes"),
+        ([str(checkpoint), image, "--out", out, "--classes", "a,b"], "has class names"),
         ([image, image, "--out", out], "can't be read as a checkpoint"),
     ):
         assert cli.main(["predict", *arguments]) == 2
@@ -208,4 +208,4 @@ def test_class_names_of_a_plain_state_dict(tmp_path, small_voc, capsys):
     assert classes(2, "--classes", "b,a") == ["b", "a"]
     assert classes(2, "--data", str(small_voc)) == ["cube", "dice"]
     assert "--classes A,B,C" in classes(2)
-    assert "knows 2 classes" in classes(2, "--classes", "a,b,c")
+    assert "has 2 classes" in classes(2, "--classes", "a,b,c")

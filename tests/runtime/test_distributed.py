@@ -54,7 +54,7 @@ def shapes(tmp_path_factory) -> Path:
 
 
 def test_a_process_that_fails_ends_the_job_and_the_run_goes_on(shapes, tmp_path):
-    """An image that can't be read stops one of two processes; mended, the training is resumed."""
+    """An unreadable image stops one of two processes; the run is resumed once it is repaired."""
     out = tmp_path / "run"
     train_ids = (shapes / "ImageSets/Main/train.txt").read_text().split()
     image = shapes / "JPEGImages" / f"{train_ids[0]}.jpg"

@@ -1,4 +1,4 @@
-"""A training that is stopped, killed or goes wrong, and goes on."""
+"""Training runs that are stopped, killed or fail, and are resumed."""
 
 from __future__ import annotations
 

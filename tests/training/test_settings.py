@@ -126,7 +126,7 @@ def test_printed_settings_mark_what_differs():
         ({"learning_rate": 0.1}, (96, 128, 160)),
         ({"image_size": 256}, (192, 256, 320)),
         ({"image_size": 100}, (68, 100, 132)),
-        ({"image_size": 48}, (48,)),  # its neighbours are nearer than 32 px
+        ({"image_size": 48}, (48,)),  # its neighbors are nearer than 32 px
         ({"image_size": 256, "image_sizes": ()}, ()),
         ({"image_size": 256, "image_sizes": (96, 128)}, (96, 128)),
     ],

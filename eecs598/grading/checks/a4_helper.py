@@ -101,16 +101,16 @@ def check_dataset(submission: Submission) -> CheckResult:
         )
         expect(
             boxes.dim() == 2 and boxes.shape[1] == 5 and len(boxes) >= 2,
-            f"at most 2 objects an image: expected boxes (2 or more, 5), got {tuple(boxes.shape)}",
+            f"at most 2 objects per image: expected boxes (2 or more, 5), got {tuple(boxes.shape)}",
         )
 
-    with result.probe("normalised with ImageNet's statistics"), dataset("train", WIDE) as data:
+    with result.probe("normalized with ImageNet's statistics"), dataset("train", WIDE) as data:
         # A black pixel, far from the white rectangle.
         got = data[0][1][:, 60, 2]
         expect_close("a black pixel", got, (-MEAN / STD).flatten(), 0.05)
 
     with (
-        result.probe("training: resized, cropped at the centre"),
+        result.probe("training: resized, cropped at the center"),
         dataset("train", WIDE, TALL) as data,
     ):
         # 200 x 100 becomes 128 x 64 and loses 32 columns per side; 80 x 120 loses 16 rows.
@@ -273,7 +273,7 @@ def check_train_detector(submission: Submission) -> CheckResult:
             f"expected the detector's training flag to be True, got {show(list(modes))}",
         )
 
-    with result.probe("every loss is minimised"):
+    with result.probe("every loss is minimized"):
         for name, got in zip(("first", "second"), trained().values(), strict=True):
             expect(
                 got < 0.9,

@@ -53,10 +53,10 @@ from eecs598.grading.checks.targets import (
     check_deltas,
     check_matching,
 )
-from eecs598.grading.result import CheckFailure, CheckResult, ProbeResult
+from eecs598.grading.result import CheckFailure, CheckResult
 from eecs598.grading.submission import PARTS, Submission, completed
 
-__all__ = ["CHECKS", "CheckResult", "ProbeResult", "Submission", "labels_of", "run_checks"]
+__all__ = ["CHECKS", "labels_of", "run_checks"]
 
 Check = Callable[[Submission], CheckResult]
 

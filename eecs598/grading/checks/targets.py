@@ -237,7 +237,7 @@ def check_centerness(submission: Submission) -> CheckResult:
         got = osd.fcos_make_centerness_targets(torch.full((2, 4), -1.0))
         expect_close("two rows of deltas [-1, -1, -1, -1]", got, [-1.0, -1.0])
 
-    with result.probe("1 at the centre, 0 on a side"):
+    with result.probe("1 at the center, 0 on a side"):
         for row, target in (([3.0, 5.0, 3.0, 5.0], 1.0), ([0.0, 2.0, 3.0, 2.0], 0.0)):
             got = osd.fcos_make_centerness_targets(torch.tensor([row]))
             expect_close(f"deltas {show(row)}", got, [target], 1e-6)

@@ -89,7 +89,7 @@ def confine(work: str, readable: Sequence[str], limits: Limits) -> list[str]:
 _CAP_DAC_READ_SEARCH = 2
 _PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP = 22
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _PR_SET_NO_NEW_PRIVS = 38
 
 
@@ -381,7 +381,7 @@ def adopt_orphans() -> Iterator[None]:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     before = ctypes.c_int()
-    libc.prctl(37, ctypes.byref(before), 0, 0, 0)
+    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         yield

@@ -53,12 +53,12 @@ MUTANTS = [
         {"dataset": "45 objects"},
     ),
     Mutant(
-        "not normalised",
+        "not normalized",
         "a4_helper",
         "return make_item(path, pixels, boxes, self.images.max_boxes)",
         "name, _, padded = make_item(path, pixels, boxes, self.images.max_boxes)\n"
         "        return name, pixels / 255, padded",
-        {"dataset": "normalised"},
+        {"dataset": "normalized"},
     ),
     # Training loop
     Mutant(
