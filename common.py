@@ -411,8 +411,9 @@ def get_fpn_location_coords(
     """Compute the image coordinates of the center of every feature-map cell.
 
     This is the mapping of FCOS, section 3.1. The order is x-major: all locations of the first
-    column, then of the second, and so on. Every per-location tensor in this code has this order, so
-    that location n and prediction n mean the same place
+    column, then of the second, and so on, because the assignment's check of this function begins
+    (4, 4), (4, 12), (4, 20). Every per-location tensor in this code has this order, so that
+    location n and prediction n mean the same place
     (``one_stage_detector.FCOSPredictionNetwork`` flattens its maps alike).
 
     Args:

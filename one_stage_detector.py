@@ -1,8 +1,8 @@
 """FCOS: Fully Convolutional One-Stage Object Detection (Tian et al., arXiv 1904.01355v5).
 
 The detector of the assignment, in the order in which the paper builds it: the head on the feature
-pyramid of ``common.py`` (figure 2), the targets of every location (section 3.1, equations 1 and
-3), the training loss (equation 2), the post-processing, and ``FCOS``, which joins them.
+pyramid of ``common.py`` (figure 2), the targets of every location (sections 3.1 and 3.3, equations
+1 and 3), the training loss (equation 2), the post-processing, and ``FCOS``, which joins them.
 
 It differs from the paper where the assignment does: three levels (p3 to p5), size ranges counted
 in strides, centerness beside the box regression, distances regressed directly in units of the
@@ -354,7 +354,9 @@ def fcos_apply_deltas_to_locations(
 
 
 def fcos_make_centerness_targets(deltas: Tensor) -> Tensor:
-    """Compute the centerness of locations inside their boxes (paper, equation 3).
+    """Compute the centerness of locations inside their boxes (paper, section 3.3, equation 3).
+
+    It is ``sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))``.
 
     Args:
         deltas: ``(N, 4)`` left, top, right, bottom, in any unit; background rows are -1. Leading
@@ -432,7 +434,8 @@ def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
 
 # Every choice for ``FCOS(box_loss=...)``. A function takes the predicted deltas (B, N, 4) and the
 # targets, and returns the loss of every location, (B, N, 4) or (B, N, 1). The loss of background
-# locations is masked afterwards; only its gradient has to be finite there.
+# locations is masked afterwards; only its gradient has to be finite there. ``fcos train`` offers a
+# loss once its name is in ``ModelSettings.box_loss`` of eecs598/training/settings.py.
 BOX_LOSSES: dict[str, Callable[[Tensor, LocationTargets], Tensor]] = {
     "l1": l1_box_loss,
     "giou": giou_box_loss,

@@ -1,4 +1,4 @@
-"""All comparisons with peers in one table.
+"""Run the benchmarks: our times relative to those of other libraries (the peers), in one table.
 
     python -m benchmarks [MODULE ...] [--device cuda]
 

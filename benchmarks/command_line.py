@@ -1,4 +1,4 @@
-"""Time of ``fcos --help``, compared with a Python that does nothing."""
+"""Time of ``fcos --help``, compared with the start of Python alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figure of how time and memory grow with the amount of work.
+"""Plot time and peak memory against the size of the input.
 
     python -m benchmarks.growth FIGURE.png [--device cuda]
 

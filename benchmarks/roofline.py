@@ -1,4 +1,4 @@
-"""Time of a training step, compared with the limit of the machine's arithmetic.
+"""Time of a training step, compared with its operations at the processor's peak rate (roofline).
 
 The limit is the time of its floating-point operations, forward and backward, at the rate of the
 fastest large matrix product measured in the same run. No training of this network can be faster,

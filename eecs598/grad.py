@@ -1,4 +1,4 @@
-"""Numeric checks: relative errors and gradients by finite differences."""
+"""Compare tensors by their relative error, and gradients with finite differences."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
     fcos predict CHECKPOINT IMAGES... --out DIR      detections in image files
     fcos score DIR                      mAP of a folder of text files
     fcos data shapes|voc2007|check DIR  make, download or check a data set
-    fcos grade FOLDER...                points for what others handed in
+    fcos grade FOLDER...                grade solutions of the assignment
 
 ``fcos COMMAND --help`` lists the options. Each command is a module with ``add_options(parser)``,
 which sets ``run`` to the function that runs it. They import PyTorch and the like inside of their
@@ -34,7 +34,7 @@ COMMANDS = {
     "predict": ("predict", "detections in image files"),
     "score": ("score", "mAP of a folder of text files"),
     "data": ("data", "make, download or check a data set"),
-    "grade": ("grade", "points for what others handed in"),
+    "grade": ("grade", "grade solutions of the assignment"),
 }
 
 

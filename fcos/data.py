@@ -1,4 +1,4 @@
-"""``fcos data``: make, download or check a data set; and the contents of one, for training."""
+"""``fcos data``: make, download or check a data set; and helpers for ``fcos train``."""
 
 from __future__ import annotations
 

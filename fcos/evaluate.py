@@ -1,4 +1,4 @@
-"""``fcos eval``: evaluate a trained detector; and what other commands do with an evaluation."""
+"""``fcos eval``: evaluate a trained detector; and helpers for ``fcos train``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fcos grade``: points for what others handed in."""
+"""``fcos grade``: grade solutions of the assignment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands have: their types, their groups and their meaning."""
+"""Command-line options that several commands share: their types, groups and defaults."""
 
 from __future__ import annotations
 

@@ -94,7 +94,10 @@ def same(value: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_metrics(seed):
     metrics = json.loads(json.dumps(analyze(evaluation(*made_up_detections(seed))).metrics))
-    assert same(metrics, EXPECTED[f"metrics {seed}"])
+    expected = EXPECTED[f"metrics {seed}"]
+    if metrics["coco"] is None:  # its library is not installed
+        expected = {**expected, "coco": None}
+    assert same(metrics, expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -1,4 +1,4 @@
-"""Data: from image and annotation files on disk to the items that a loader puts into batches."""
+"""Data: read VOC or COCO annotations, load and augment images, sample batches."""
 
 from eecs598.data.augment import AUGMENTATIONS, Augmentation
 from eecs598.data.check import check_data, format_report

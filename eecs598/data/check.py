@@ -1,4 +1,4 @@
-"""Check of a data set before training: every problem with its number, examples and advice.
+"""Check of a data set before training: every problem with its count, examples and advice.
 
 Every image is decoded and every box is compared with it. A problem does not end the check::
 

@@ -1,4 +1,4 @@
-"""COCO: read instances files into the same index as ``eecs598.data.voc``.
+"""COCO: read annotation files (instances_*.json) into the index that ``voc.py`` gives, too.
 
 Format: Lin et al., "Microsoft COCO: Common Objects in Context", arXiv 1405.0312, and
 https://cocodataset.org/#format-data. These parts of the JSON file are read::

@@ -1,4 +1,4 @@
-"""The index of a data set: load VOC or COCO data in one form.
+"""The index of a data set: load VOC or COCO annotations in one format.
 
 A data folder is COCO where an instances file is found (``coco.candidates`` says where) and
 otherwise in VOC layout (``eecs598.data.voc``). Both give the same index::

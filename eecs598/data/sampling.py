@@ -1,4 +1,4 @@
-"""The training sampler: which images make up which batch, repeatable from any iteration on.
+"""The training sampler: which images are in which batch, reproducible from any iteration on.
 
 The usual shuffling loader forgets its place when the process ends. Here the images of batch k
 follow from the seed and k alone, and so do the random numbers of their augmentation: to resume, it

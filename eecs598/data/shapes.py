@@ -1,4 +1,4 @@
-"""The generated data set: eight classes of drawn objects, in the layout of the VOC devkit.
+"""The generated data set: drawn objects of eight classes, in the layout of the VOC devkit.
 
 It needs no download, and its classes differ in shape, texture and color. As the files have the
 layout of the devkit, they are read by the same code as VOC 2007::

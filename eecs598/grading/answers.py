@@ -1,4 +1,4 @@
-"""Reduce what a submission returns to plain data: tensors, numbers, strings, lists and dicts.
+"""Convert what a submission returns to plain data: tensors, numbers, strings, lists and dicts.
 
 A submission may return objects of its own classes. Their methods may claim to be equal to anything,
 or compute something else than was asked for. So every value that comes from a submission goes

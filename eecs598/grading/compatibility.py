@@ -1,4 +1,4 @@
-"""Substitutes for what a submission expects and this machine lacks.
+"""Replace packages, weights and devices that a submission needs and this machine does not have.
 
 That is: packages that are not installed, pretrained weights, a GPU, and names that libraries have
 removed.

@@ -1,4 +1,4 @@
-"""Results of checks, and the comparisons that checks are written with."""
+"""Results of checks, and the assertion functions that checks use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detections matched to ground truth, and every measure made from the matches.
+"""Match detections to ground truth, and compute all metrics from the matches.
 
 An evaluation is matched once, by ``match_detections`` or ``Evaluation.matches``; the measures take
 the ``Matches``. ``average_precision`` and ``score_folder`` do both steps in one call.

@@ -1,4 +1,4 @@
-"""How much the mAP of a data set would vary with other images: bootstrap over images.
+"""Confidence intervals of the mAP, and of a difference in mAP, by bootstrap over images.
 
 Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13: as many images as there
 are are drawn with replacement, and the interval is cut from the scores of many such samples. Images

@@ -1,4 +1,4 @@
-"""The twelve numbers of the COCO evaluation, computed by ``faster-coco-eval``.
+"""The twelve metrics of the COCO evaluation, computed by ``faster-coco-eval``.
 
 Definitions: Lin et al., "Microsoft COCO: Common Objects in Context", arXiv 1405.0312, and
 https://cocodataset.org/#detection-eval. They differ from those of

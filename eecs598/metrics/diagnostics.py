@@ -1,4 +1,4 @@
-"""Diagnostics: known faults of a detector that show in its results, explained in words.
+"""Diagnostics: known faults of a detector that show in its results, with their likely causes.
 
 A number such as mAP says that something is wrong, not what. Mirrored or shifted boxes, coordinates
 in another scale, a class that is never predicted: each leaves a trace that can be measured, and

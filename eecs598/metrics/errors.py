@@ -1,4 +1,4 @@
-"""What kinds of mistakes a detector makes: confusion matrix, and the error kinds of TIDE.
+"""Error analysis: the confusion matrix, and the error kinds of TIDE.
 
 ``analyze_errors`` follows Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
 Errors", ECCV 2020 (arXiv 2008.08115), section 2: every false positive has one kind, ground truth

@@ -1,4 +1,4 @@
-"""The result of running a detector on a data set: the input of every metric and of the report."""
+"""The result of running a detector on a data set, matched once for every metric and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detections of a data set paired with its ground truth, for every measure of the project.
+"""Match the detections of a data set to its ground truth: the input of every metric.
 
 The rules are those of the VOC 2010+ development kit (Everingham et al., "The Pascal Visual
 Object Classes Challenge: A Retrospective", IJCV 2015) as the script https://github.com/Cartucho/mAP

@@ -138,12 +138,13 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str, str]]:
         ),
         ("11-point mAP", _percent(metrics["mAP_11_point"]), "as in VOC 2007"),
     ]
-    for key, name, note in (
-        ("AP", "COCO AP", "IoU 0.5 to 0.95"),
-        ("AP75", "COCO AP75", "IoU 0.75"),
-        ("AR_100", "COCO recall", "IoU 0.5 to 0.95"),
-    ):
-        tiles.append((name, _percent(metrics["coco"][key]), note))
+    if metrics["coco"]:
+        for key, name, note in (
+            ("AP", "COCO AP", "IoU 0.5 to 0.95"),
+            ("AP75", "COCO AP75", "IoU 0.75"),
+            ("AR_100", "COCO recall", "IoU 0.5 to 0.95"),
+        ):
+            tiles.append((name, _percent(metrics["coco"][key]), note))
     if metrics["best_threshold"] is not None:
         note = f"of all classes, at scores of {metrics['best_threshold']:.2f} and more"
         tiles.append(("best F1", _percent(metrics["best_f1"]), note))

@@ -1,4 +1,4 @@
-"""The runtime: atomic file writes, the environment of a result, distributed training."""
+"""Atomic file writes, the software and hardware that made a result, distributed training."""
 
 from eecs598.runtime.distributed import (
     any_process,

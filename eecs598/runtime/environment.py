@@ -1,4 +1,4 @@
-"""The environment of a result: command, versions, hardware, state of the repository."""
+"""What a result was made with: command, versions, hardware, state of the repository."""
 
 from __future__ import annotations
 

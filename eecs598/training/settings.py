@@ -1,4 +1,4 @@
-"""The settings of a training run, in groups, and the recipes: settings that go well together.
+"""The settings of a training run, in groups, and the recipes: named presets of settings.
 
 A group holds keyword arguments of one part of the program, under the names of its parameters::
 
@@ -101,7 +101,7 @@ class DataSettings(_Group):
         (), "train on batches of these sizes at random", at_least=1
     )
     augment: tuple[Literal["flip", "zoom", "iou_crop", "photometric", "mosaic"], ...] = _setting(
-        (), "of the training images"
+        (), "augmentations of the training images"
     )
     seed: int = _setting(
         0, "of the order of the images, their augmentation and the random weights", at_least=0

@@ -1,4 +1,4 @@
-"""Checks of the network: greetings of the modules, backbone with feature pyramid, and head."""
+"""Checks of the network: the ``hello_*`` functions, backbone with feature pyramid, and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The definitions of the model, computed slowly: one location at a time, in Python floats.
+"""Reference implementation of targets and losses, slow: one location at a time, in Python floats.
 
 The checks compare submissions with them. They follow the formulas so closely that they are easy to
 verify: FCOS (arXiv 1904.01355) equations 1 and 3 and section 3.2, focal loss (arXiv 1708.02002)

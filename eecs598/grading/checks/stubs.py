@@ -1,4 +1,4 @@
-"""Stubs for backbone and head, so that the right results of the rest of the detector are known.
+"""Stubs for backbone and head with known outputs, to test the rest of the detector.
 
 A stub head returns given predictions, and a stub backbone takes no time. The rest of the detector
 may use more of them than their outputs, so each stub has the attributes and parameters of the

@@ -1,4 +1,4 @@
-"""Detect when the code of a submission changes the code that judges it.
+"""Detect when the code of a submission changes the code that grades it.
 
 A submission runs in the process of its checks, so it can reach their functions and those of the
 libraries that they call. ``Watch`` records these before any code of the submission runs, reports
