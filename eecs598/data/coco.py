@@ -10,7 +10,7 @@ https://cocodataset.org/#format-data. These parts of the JSON file are read::
 Boxes become XYXY in pixels of the image file. Regions with ``iscrowd: 1`` are left
 out, like VOC's difficult objects. Ids may be any whole numbers::
 
-    from eecs598.data.coco import load_index
+    from eecs598.data import load_index
 
     image_path, objects = load_index("data/coco", "train")[0]
 """

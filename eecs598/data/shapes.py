@@ -12,9 +12,8 @@ Boxes follow the devkit: whole numbers, the first and the last pixel of the obje
 both inclusive, counted from 1. Each image has a random generator of its own, so image k of a split
 does not depend on the number of images::
 
-    from eecs598.data.shapes import draw_image, write_shapes
+    from eecs598.data import write_shapes
 
-    image, objects = draw_image(seed=0, split="val", index=3)
     write_shapes("data/shapes")
 """
 

@@ -7,7 +7,7 @@ file, paths beginning with ``./here/`` and relative to the data folder. It is re
 ``voc07_{split}.json`` or rebuilt from the devkit's XML: on VOC 2007 both hold the same, the
 objects that are not marked difficult.
 
-    from eecs598.data.voc import load_index
+    from eecs598.data import load_index
 
     image_path, objects = load_index("data", "train")[0]
 
