@@ -22,8 +22,6 @@ from tqdm.auto import tqdm
 
 from common import Detector, check_training_batch
 from eecs598.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     MAX_CACHE_BYTES,
     VOC2007_CLASSES,
     AnnotatedImages,
@@ -56,8 +54,6 @@ from eecs598.training import (
 from eecs598.utils import detection_visualizer, in_notebook_or_window
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "VOC2007DetectionTiny",
     "evaluate_detector",
     "hello_helper",

@@ -70,11 +70,31 @@ __all__ = [
 ]
 
 
+# Where the names are that need PyTorch.
+_MODULES = {
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "TrainingLogger": "log",
+    "plot_losses": "log",
+    "show_progress": "log",
+    "NotebookSettings": "notebook",
+    "notebook_settings": "notebook",
+    "ema": "optimization",
+    "learning_rate_factor": "optimization",
+    "make_optimizer": "optimization",
+    "mixed_precision": "optimization",
+    "network_dtype": "optimization",
+    "precision_name": "optimization",
+    "RunDescription": "run",
+    "Stateful": "run",
+    "TrainingRun": "run",
+    "TrainingStopped": "run",
+    "ignore_signals": "run",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs PyTorch when it is asked for."""
-    if name in __all__:
-        for module in ("checkpoint", "log", "notebook", "optimization", "run"):
-            found = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
-            if found is not None:
-                return found
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,10 +33,7 @@ class NotebookSettings:
         device: to train and evaluate on.
         num_workers: processes that load images.
         schedule: ``"full"`` (the assignment's) or ``"quick"``.
-        recipe: what does not depend on the schedule: optimizer, learning rate, batch size.
-        image_size: shorter side in pixels.
-        fpn_channels: width of the feature pyramid of the detector to be trained.
-        stem_channels: channels of the convolutions in its head.
+        recipe: the settings of the detector and of its training, apart from the number of steps.
         max_iters: optimizer steps of the training run.
         overfit_iters: optimizer steps of the run that overfits a few images.
         overfit_batches: number of batches in these few images.
@@ -53,14 +50,26 @@ class NotebookSettings:
     num_workers: int
     schedule: str
     recipe: Settings
-    image_size: int
-    fpn_channels: int
-    stem_channels: tuple[int, ...]
     max_iters: int
     overfit_iters: int
     overfit_batches: int
     output_dir: Path
     export_dir: Path
+
+    @property
+    def image_size(self) -> int:
+        """Shorter side of the images in pixels."""
+        return self.recipe.data.image_size
+
+    @property
+    def fpn_channels(self) -> int:
+        """Width of the feature pyramid of the detector to be trained."""
+        return self.recipe.model.fpn_channels
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Channels of the convolutions in the head of the detector to be trained."""
+        return self.recipe.model.stem_channels
 
     @property
     def batch_size(self) -> int:
@@ -173,12 +182,11 @@ def notebook_settings(
     # gradients against the first, wild steps.
     recipe = RECIPES["shapes" if generated and schedule == "quick" else "handout"]
     if schedule == "full":
-        image_size, max_iters = recipe.data.image_size, recipe.optimization.max_iters
-        fpn_channels, stem_channels = recipe.model.fpn_channels, recipe.model.stem_channels
+        max_iters = recipe.optimization.max_iters
         overfit_iters, overfit_batches = 500, 10
     else:
-        image_size, max_iters = 128, 600
-        fpn_channels, stem_channels = 64, (64, 64)
+        recipe = recipe.replace(image_size=128, fpn_channels=64, stem_channels=(64, 64))
+        max_iters = 600
         overfit_iters, overfit_batches = 60, 1
 
     output_dir = project_dir if in_colab else Path("runs") / "notebook"
@@ -192,9 +200,6 @@ def notebook_settings(
         num_workers=min(4, os.cpu_count() or 1),
         schedule=schedule,
         recipe=recipe,
-        image_size=image_size,
-        fpn_channels=fpn_channels,
-        stem_channels=stem_channels,
         max_iters=_train_iters(max_iters),
         overfit_iters=overfit_iters,
         overfit_batches=overfit_batches,

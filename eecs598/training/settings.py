@@ -57,7 +57,11 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Settings that are arguments of the same part of the program."""
+    """Settings of one part of the program.
+
+    A ``Literal`` has the choices of a setting. They are not taken from the tables of what is
+    implemented, since these need PyTorch; a test compares the two.
+    """
 
     def __post_init__(self) -> None:
         """Check every value; raises ValueError for one out of range."""

@@ -17,7 +17,7 @@ from eecs598.metrics.average_precision import average_precision
 from eecs598.metrics.diagnostics import Diagnostic, find_broken_numbers, find_diagnostics
 from eecs598.metrics.matching import match_detections
 from one_stage_detector import FCOS
-from tests.metrics.detectors import CLASSES, made_up
+from tests.metrics.detections import CLASSES, made_up
 from tests.test_location_order import SmallStages
 
 

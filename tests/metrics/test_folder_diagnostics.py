@@ -8,7 +8,7 @@ import pytest
 
 from eecs598.metrics.folder_diagnostics import find_folder_diagnostics
 from eecs598.metrics.text_format import write_text_format
-from tests.metrics.detectors import CLASSES, made_up
+from tests.metrics.detections import CLASSES, made_up
 
 
 def write_folder(folder, predictions, targets) -> None:

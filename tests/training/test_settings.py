@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from a4_helper import train_detector
+from eecs598 import training
 from eecs598.data import AUGMENTATIONS
 from eecs598.training.optimization import OPTIMIZERS, SCHEDULES, network_dtype
 from eecs598.training.run import TrainingRun
@@ -72,6 +73,12 @@ def test_no_two_settings_have_a_name_or_an_option_in_common():
     assert len({setting.name for setting in settings}) == len(settings)
     assert len({setting.option for setting in settings}) == len(settings)
     assert [setting.name for setting in settings] == list(Settings().values())
+
+
+def test_every_public_name_of_the_package_is_there():
+    assert [name for name in training.__all__ if not hasattr(training, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        training.other  # noqa: B018
 
 
 def test_the_choices_of_a_setting_are_what_is_implemented():
