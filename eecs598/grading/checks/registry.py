@@ -19,15 +19,17 @@ in this process; ``eecs598.grading.sandbox`` isolates it and limits its time.
 
 To add a check:
 
-1. Write ``check_x(submission)`` in the file of its part; it begins with ``CheckResult("x")``. Every
-   probe is made whatever fails, since ``labels_of`` learns the labels from an empty submission.
-2. Add it to ``_CHECKS_AND_NAMES`` below, and to ``_WHOLE_DETECTOR`` if it tests how parts work
-   together.
+1. Write ``check_x(submission)`` in the file of its part; it begins with ``CheckResult("x")`` and
+   has at least three probes. Every probe is made whatever fails, since ``labels_of`` learns the
+   labels from an empty submission.
+2. Add it to ``_CHECKS_AND_NAMES`` below, with the names that it tests, in the order of the
+   assignment; and to ``_WHOLE_DETECTOR`` if it tests how parts work together.
 3. Give it points in ``rubric.toml``; all of them add up to 100, so another section gets fewer. A
-   check without points is named in ``tests/grading/test_rubric.py`` (``unlisted``) and in
+   check that is not in that file is named in ``tests/grading/test_rubric.py`` (``unlisted``) and in
    ``docs/grading-yourself.md``.
 4. Add a mutant, a wrong solution that it catches, to the tests of its file in
-   ``tests/grading/checks``.
+   ``tests/grading/checks``, and the check to ``HELPER_CHECKS`` or ``COMMON_ONLY`` in ``mutants.py``
+   if it belongs to ``a4_helper`` or to ``common`` alone.
 """
 
 from __future__ import annotations
