@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from eecs598.training import find_state_dict, load_weights_file
+
 if TYPE_CHECKING:
     from typing_extensions import Self  # part of typing from Python 3.11 on
 
@@ -324,9 +326,8 @@ class _NamedStages(nn.Module):
 def _load_backbone_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
     """Load a state dict into the network ``name``; ValueError if it does not fit."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except Exception as error:  # unpickling a damaged file raises almost any exception
+        model.load_state_dict(find_state_dict(load_weights_file(path)) or {})
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} does not hold a state dict of the network {name!r}: {error}"
         ) from error

@@ -107,8 +107,11 @@ def _settings_from_shapes(
 
     stem = weights("pred_net.stem_cls.")
     fpn = weights("backbone.fpn_params.")
-    if not fpn:
-        raise ValueError(f"{path} is a state dict, but not one of FCOS.")
+    if not fpn or "pred_net.pred_cls.bias" not in state:
+        raise ValueError(
+            f"{path} is a state dict, but not one of FCOS: it has no weights of the "
+            f"{'head' if fpn else 'feature pyramid'} (keys such as {', '.join(list(state)[:3])})."
+        )
     convolutions = [value for value in stem if value.dim() == 4]
     model = ModelSettings(
         backbone=backbone,

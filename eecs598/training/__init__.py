@@ -20,7 +20,12 @@ from eecs598.training.settings import (
 )
 
 if TYPE_CHECKING:
-    from eecs598.training.checkpoint import load_checkpoint, save_checkpoint
+    from eecs598.training.checkpoint import (
+        find_state_dict,
+        load_checkpoint,
+        load_weights_file,
+        save_checkpoint,
+    )
     from eecs598.training.log import TrainingLogger, plot_losses, show_progress
     from eecs598.training.notebook import NotebookSettings, notebook_settings
     from eecs598.training.optimization import (
@@ -55,10 +60,12 @@ __all__ = [
     "TrainingRun",
     "TrainingStopped",
     "ema",
+    "find_state_dict",
     "from_recipe",
     "ignore_signals",
     "learning_rate_factor",
     "load_checkpoint",
+    "load_weights_file",
     "make_optimizer",
     "mixed_precision",
     "network_dtype",
@@ -72,7 +79,9 @@ __all__ = [
 
 # Where the names are that need PyTorch.
 _MODULES = {
+    "find_state_dict": "checkpoint",
     "load_checkpoint": "checkpoint",
+    "load_weights_file": "checkpoint",
     "save_checkpoint": "checkpoint",
     "TrainingLogger": "log",
     "plot_losses": "log",

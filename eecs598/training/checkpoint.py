@@ -3,13 +3,16 @@
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that it can be loaded with
 ``weights_only=True``: reading one never runs code from the file. A plain state dict, as the
 assignment saves it (``torch.save(detector.state_dict(), "fcos_detector.pt")``), is read as a
-checkpoint without settings and class names.
+checkpoint without settings and class names. It may also be wrapped as other programs do it: see
+``find_state_dict``.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,18 @@ from torch import Tensor
 from eecs598.runtime import atomic_write
 
 __all__ = [
+    "find_state_dict",
     "load_checkpoint",
+    "load_weights_file",
     "random_states",
     "restore_random_states",
     "save_checkpoint",
 ]
 
 _REQUIRED_KEYS = ("model", "settings", "classes")
+
+# What programs put in front of the names of weights: DistributedDataParallel, torch.compile.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def save_checkpoint(
@@ -60,20 +68,81 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file; expected a checkpoint that `fcos train` wrote.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling garbage raises almost anything
-        raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
+    checkpoint = load_weights_file(path)
     entries = checkpoint if isinstance(checkpoint, dict) else {}
-    if entries and all(isinstance(value, Tensor) for value in entries.values()):
-        return {"model": dict(entries), "settings": None, "classes": None}
     missing = [key for key in _REQUIRED_KEYS if key not in entries]
-    if missing:
+    if not missing:
+        return entries
+    state = find_state_dict(checkpoint)
+    if state is None:
         raise ValueError(
             f"{path} is neither a checkpoint of `fcos train`, since it lacks "
             f"{', '.join(missing)}, nor a state dict."
         )
-    return checkpoint
+    return {"model": state, "settings": None, "classes": None}
+
+
+def load_weights_file(path: str | os.PathLike) -> Any:
+    """Load what ``torch.save`` wrote onto the CPU, without running code from the file.
+
+    Raises:
+        ValueError: the file holds something else; the message says what.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling garbage raises almost anything
+        raise ValueError(
+            f"{path} can't be read as a checkpoint: {_describe_content(path) or repr(error)}. "
+            "Expected a file that `fcos train` or torch.save(detector.state_dict(), FILE) wrote."
+        ) from error
+
+
+def find_state_dict(content: Any) -> dict[str, Tensor] | None:
+    """Find the state dict in what a weights file holds, in whichever of the usual wrappings.
+
+    It may be the content itself or its entry ``"state_dict"`` or ``"model"``, and its keys may
+    begin with ``module.`` (``DistributedDataParallel``) or ``_orig_mod.`` (``torch.compile``),
+    which are taken off.
+
+    Returns:
+        The state dict; None where there is none.
+    """
+    if not isinstance(content, Mapping):
+        return None
+    for state in (content, content.get("state_dict"), content.get("model")):
+        if not isinstance(state, Mapping) or not state:
+            continue
+        if all(isinstance(value, Tensor) for value in state.values()):
+            return _without_wrappers(state)
+    return None
+
+
+def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what stands in front of every key."""
+    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def _describe_content(path: str | os.PathLike) -> str | None:
+    """Say what a file holds that is no checkpoint; None for what can't be told."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if not start:
+        return "it is empty"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not any(name.endswith("/data.pkl") for name in names):
+            return f"it is a zip file of something else ({', '.join(names[:3]) or 'nothing'})"
+        return None
+    if start.startswith(b"PK"):
+        return "it is cut off: the file of a checkpoint that was not written or copied to its end"
+    try:
+        first_line = start.decode("utf-8").split("\n")[0][:40]
+    except UnicodeDecodeError:
+        return None
+    return f"it is text that begins with {first_line!r}" if first_line.isprintable() else None
 
 
 def random_states() -> dict[str, Any]:
