@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eecs598.metrics.evaluation import Evaluation, image_names
-from eecs598.metrics.text_format import write_text_format
+from eecs598.metrics.evaluation import Evaluation
+from fcos.evaluate import export_text
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
 # One detection of each kind.
@@ -87,9 +87,5 @@ def make_evaluation(folder: Path, scale: float = 1.0, drop: tuple[str, ...] = ()
 
 def export(evaluation: Evaluation, folder: Path) -> Path:
     """The text files of an evaluation."""
-    names = image_names(evaluation.image_paths)
-    for name, prediction, target in zip(
-        names, evaluation.predictions, evaluation.targets, strict=True
-    ):
-        write_text_format(folder, name, prediction, target, evaluation.class_names)
+    export_text(evaluation, folder)
     return folder

@@ -123,25 +123,27 @@ class Matches:
 
 
 @dataclass(frozen=True, eq=False)
-class _Detections:
-    """The detections of a data set."""
+class _Boxes:
+    """The boxes of a data set, N of them."""
 
-    image: np.ndarray  # (K,) int64
-    index: np.ndarray  # (K,) int64, place within the image
-    label: np.ndarray  # (K,) int64
-    box: np.ndarray  # (K, 4) float64
-    score: np.ndarray  # (K,) float64
+    image: np.ndarray  # (N,) int64
+    index: np.ndarray  # (N,) int64, place within the image
+    label: np.ndarray  # (N,) int64
+    box: np.ndarray  # (N, 4) float64
 
 
 @dataclass(frozen=True, eq=False)
-class _GroundTruth:
+class _Detections(_Boxes):
+    """The detections of a data set."""
+
+    score: np.ndarray  # (N,) float64
+
+
+@dataclass(frozen=True, eq=False)
+class _GroundTruth(_Boxes):
     """The ground truth boxes of a data set, image after image."""
 
-    image: np.ndarray  # (M,) int64
-    index: np.ndarray  # (M,) int64, place within the image
-    label: np.ndarray  # (M,) int64
-    box: np.ndarray  # (M, 4) float64
-    difficult: np.ndarray  # (M,) bool
+    difficult: np.ndarray  # (N,) bool
 
 
 def match_detections(
@@ -290,23 +292,17 @@ def pair_iou(boxes: np.ndarray, others: np.ndarray, pixel: float = 1.0) -> np.nd
         pixel: 1 where corners are the first and the last pixel of a box (VOC), 0 where they are
             points (COCO).
     """
-    intersection = pair_intersection(boxes, others, pixel)
-    union = box_area(boxes, pixel) + box_area(others, pixel) - intersection
-    return np.divide(intersection, union, out=np.zeros(len(boxes)), where=intersection > 0)
-
-
-def pair_intersection(boxes: np.ndarray, others: np.ndarray, pixel: float = 1.0) -> np.ndarray:
-    """Return the area ``(P,)`` that box i has in common with other i; see ``pair_iou``."""
     # Column by column, which is twice as fast as arrays of (P, 2).
     left, top = (np.maximum(boxes[:, axis], others[:, axis]) for axis in (0, 1))
     right, bottom = (np.minimum(boxes[:, axis], others[:, axis]) for axis in (2, 3))
     # Two negative sides would have a positive product.
-    return np.maximum(right - left + pixel, 0) * np.maximum(bottom - top + pixel, 0)
-
-
-def box_area(boxes: np.ndarray, pixel: float = 1.0) -> np.ndarray:
-    """Return the areas ``(K,)`` of boxes ``(K, 4)``; see ``pair_iou``."""
-    return (boxes[:, 2] - boxes[:, 0] + pixel) * (boxes[:, 3] - boxes[:, 1] + pixel)
+    intersection = np.maximum(right - left + pixel, 0) * np.maximum(bottom - top + pixel, 0)
+    area, other_area = (
+        (each[:, 2] - each[:, 0] + pixel) * (each[:, 3] - each[:, 1] + pixel)
+        for each in (boxes, others)
+    )
+    union = area + other_area - intersection
+    return np.divide(intersection, union, out=np.zeros(len(boxes)), where=intersection > 0)
 
 
 # ---------------------------------------------------------------------------------------
