@@ -326,7 +326,10 @@ class _NamedStages(nn.Module):
 def _load_backbone_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:
     """Load a state dict into the network ``name``; ValueError if it does not fit."""
     try:
-        model.load_state_dict(find_state_dict(load_weights_file(path)) or {})
+        state = find_state_dict(load_weights_file(path))
+        if state is None:
+            raise ValueError("it holds something else than a state dict.")
+        model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} does not hold a state dict of the network {name!r}: {error}"

@@ -93,7 +93,7 @@ def load_weights_file(path: str | os.PathLike) -> Any:
     except Exception as error:  # unpickling garbage raises almost anything
         raise ValueError(
             f"{path} can't be read as a checkpoint: {_describe_content(path) or repr(error)}. "
-            "Expected a file that `fcos train` or torch.save(detector.state_dict(), FILE) wrote."
+            "Expected a checkpoint of `fcos train`, or a state dict that torch.save wrote."
         ) from error
 
 
