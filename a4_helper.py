@@ -140,7 +140,7 @@ class VOC2007DetectionTiny(Dataset[Item]):
             M is that of the fullest image of the set; rows of -1 are padding, or boxes that the
             crop removed.
         """
-        path, _ = self.instances[index]
+        path = self.instances[index].path
         pixels, boxes = self.images.resized(index)
         if self.crop:
             pixels, boxes = crop_center(pixels, boxes)

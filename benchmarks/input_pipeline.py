@@ -48,7 +48,7 @@ def _rows(folder: Path) -> Iterator[Row]:
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-    paths = [path for path, _ in dataset.instances]
+    paths = [instance.path for instance in dataset.instances]
 
     def ours() -> list[torch.Tensor]:
         return [dataset[index][1] for index in range(len(dataset))]

@@ -92,7 +92,7 @@ def describe_contents(
     check_class_names(names)
     contents = {}
     for split, instances in splits.items():
-        labels = [int(label) for _, boxes in instances for label in boxes[:, 4]]
+        labels = [int(label) for instance in instances for label in instance.ordinary[:, 4]]
         if not labels:
             raise ValueError(
                 f"{split} of {data} has no object that counts; `fcos data check {data}` "

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     other = None
     if args.compare is not None:
         other = read_text_format(args.compare)
-        names = image_names([str(path) for path, _ in dataset.instances])
+        names = image_names([str(instance.path) for instance in dataset.instances])
         check_comparable(model.class_names, names, other, args.compare)
     beside = Path(args.checkpoint).parent / f"eval-{args.split}"
     out = make_empty_folder(Path(args.out) if args.out else next_free_folder(beside), "--out")

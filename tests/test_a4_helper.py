@@ -93,10 +93,11 @@ def test_json_and_xml_give_the_same_items(voc2007_dir, tmp_path):
     (tmp_path / "VOCdevkit").symlink_to(voc2007_dir / "VOCdevkit")
     from_xml = VOC2007DetectionTiny(tmp_path, "val")
     assert len(from_json) == len(from_xml) == 1255
-    for (path, boxes), (other_path, other_boxes) in zip(
-        from_json.instances, from_xml.instances, strict=True
-    ):
-        assert path.name == other_path.name and torch.equal(boxes, other_boxes)
+    for instance, other in zip(from_json.instances, from_xml.instances, strict=True):
+        assert instance.path.name == other.path.name and instance.size == other.size
+        assert torch.equal(instance.boxes, other.boxes)
+        assert torch.equal(instance.difficult, other.difficult)
+    assert sum(int(instance.difficult.sum()) for instance in from_json.instances) == 845
 
 
 def test_normalization_is_imagenets_and_can_be_undone(small_voc):

@@ -304,24 +304,26 @@ def _read_coco(found: _Findings, split: str) -> list[_Entry]:
     for fault in faults:
         found.add("annotation", fault)
     return [
-        _Entry(image.path, [item for item in image.objects if not item["crowd"]], image.size)
+        _Entry(image.path, [item for item in image.objects if not item["difficult"]], image.size)
         for image in images
     ]
 
 
 def _read_voc(found: _Findings, split: str) -> list[_Entry]:
-    # The course's index comes first, as in training; it has no image sizes.
+    # The course's index comes first, as in training.
     if voc.index_path(found.root, split).is_file():
-        index = voc.load_index(found.root, split, require_images=False)
-        return [_Entry(path, objects, None) for path, objects in index]
+        images = voc.load_annotations(found.root, split, require_images=False)
+        return [
+            _Entry(image.path, [o for o in image.objects if not o["difficult"]], image.size)
+            for image in images
+        ]
     entries = []
     for annotation, image in voc.list_files(found.root, split):
         entry = _Entry(image, [], None)
         entries.append(entry)
         try:
-            objects = voc.read_annotation(annotation)
+            objects, entry.size = voc.read_annotation(annotation)
             entry.objects = [item for item in objects if not item["difficult"]]
-            entry.size = voc.read_image_size(annotation)
         except ValueError as error:
             found.add("annotation", str(error))
     return entries
@@ -343,7 +345,7 @@ def _read_file(path: Path) -> _File:
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     except (ValueError, OSError) as error:
         return _File(fault=("unreadable", str(error).split(" can't be read as an image: ")[-1]))
-    return _File(image.size, _orientation(image), digest)
+    return _File((image.height, image.width), _orientation(image), digest)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -377,7 +379,8 @@ def _check_image(found: _Findings, entry: _Entry, file: _File) -> None:
 
 
 def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
+    height, width = size
+    return f"{width} x {height}"
 
 
 def _check_boxes(
@@ -401,7 +404,7 @@ def _box_fault(box: list[float], size: tuple[int, int] | None, image_size: int) 
         return "flat"
     if size is None:
         return None
-    width, height = size
+    height, width = size
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         return "outside"
     if min(x1, y1) < -OVERHANG or x2 > width + OVERHANG or y2 > height + OVERHANG:

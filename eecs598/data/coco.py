@@ -7,8 +7,8 @@ https://cocodataset.org/#format-data. These parts of the JSON file are read::
     "categories"   id, name
     "annotations"  image_id, category_id, bbox = [x, y, width, height], iscrowd
 
-Boxes become XYXY in pixels of the image file. Regions with ``iscrowd: 1`` are left
-out, like VOC's difficult objects. Ids may be any whole numbers::
+Boxes become XYXY in pixels of the image file. Regions with ``iscrowd: 1`` are treated like VOC's
+difficult objects. Ids may be any whole numbers::
 
     from eecs598.data import load_index
 
@@ -24,32 +24,24 @@ import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CocoImage", "candidates", "class_names", "find_instances", "load_index", "read_split"]
+from eecs598.data.annotation import ImageAnnotation
+
+__all__ = [
+    "candidates",
+    "class_names",
+    "find_instances",
+    "load_annotations",
+    "load_index",
+    "read_split",
+]
 
 # Words for a split in file and folder names; "valid" is what Roboflow writes.
 _ALIASES = {"val": ("val", "valid", "validation")}
 _SPLIT_WORDS = ("train", "val", "valid", "validation", "test")
-
-
-@dataclass
-class CocoImage:
-    """One image of an instances file.
-
-    Attributes:
-        path: of the image file, absolute.
-        size: width and height as given in the JSON file, or None.
-        objects: ``{"name": str, "xyxy": [x1, y1, x2, y2], "crowd": bool}`` for each object, in the
-            file's order.
-    """
-
-    path: Path
-    size: tuple[int, int] | None
-    objects: list[dict[str, Any]] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------
@@ -144,14 +136,32 @@ def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
 def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, list[dict[str, Any]]]]:
     """Load one split, without crowd regions.
 
+    Returns:
+        For each image, in the file's order, its absolute path and its objects, each
+        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file. An image
+        without objects has an empty list.
+
+    Raises:
+        ValueError: as ``load_annotations``.
+    """
+    return [
+        (
+            image.path,
+            [{"name": o["name"], "xyxy": o["xyxy"]} for o in image.objects if not o["difficult"]],
+        )
+        for image in load_annotations(root, split)
+    ]
+
+
+def load_annotations(root: str | os.PathLike[str], split: str) -> list[ImageAnnotation]:
+    """Load one split, with crowd regions and image sizes.
+
     ``file_name`` is relative to the first of these folders that has the image: that of the JSON
     file, ``root``, ``root/images``, ``root/X`` where the file is ``instances_X.json``,
     ``root/{split}``. Forward and backward slashes both separate folders.
 
     Returns:
-        For each image, in the file's order, its absolute path and its objects, each
-        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file. An image
-        without objects has an empty list.
+        The images in the file's order, boxes as floats in pixels of the file.
 
     Raises:
         ValueError: there is no such split, the file is broken, or image files are missing.
@@ -166,13 +176,7 @@ def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, lis
             f"{missing[0]}. Complete the images; file_name may be relative to "
             f"{', '.join(map(str, folders))}"
         )
-    return [
-        (
-            image.path,
-            [{"name": o["name"], "xyxy": o["xyxy"]} for o in image.objects if not o["crowd"]],
-        )
-        for image in images
-    ]
+    return images
 
 
 def class_names(
@@ -202,7 +206,7 @@ def class_names(
 
 def read_split(
     root: str | os.PathLike[str], split: str, *, problems: list[str] | None = None
-) -> list[CocoImage]:
+) -> list[ImageAnnotation]:
     """Read the instances file of a split; image files may be missing.
 
     Args:
@@ -240,11 +244,11 @@ def _require_instances(root: str | os.PathLike[str], split: str) -> Path:
 # ---------------------------------------------------------------------------------------
 
 
-def _read_instances(path: Path, problems: list[str] | None) -> list[CocoImage]:
+def _read_instances(path: Path, problems: list[str] | None) -> list[ImageAnnotation]:
     """Read the images with their objects, in the file's order, paths as in ``file_name``."""
     document = _read_json(path)
     names: dict[int, str] = {}
-    images: dict[int, CocoImage] = {}
+    images: dict[int, ImageAnnotation] = {}
     for where, record in _records(path, document, "categories"):
         with _noted(problems):
             name = _get(record, "name", str, where).strip()
@@ -257,10 +261,10 @@ def _read_instances(path: Path, problems: list[str] | None) -> list[CocoImage]:
     for where, record in _records(path, document, "images"):
         with _noted(problems):
             file_name = _get(record, "file_name", str, where).replace("\\", "/")
-            size = record.get("width"), record.get("height")
+            size = record.get("height"), record.get("width")
             given = all(isinstance(side, int) and side > 0 for side in size)
             image_id = _new_id(record, images, where)
-            images[image_id] = CocoImage(Path(file_name), size if given else None)
+            images[image_id] = ImageAnnotation(Path(file_name), size=size if given else None)
     for where, record in _records(path, document, "annotations"):
         with _noted(problems):
             image = _look_up(images, record, "image_id", "images", where)
@@ -351,7 +355,7 @@ def _read_object(record: dict[str, Any], names: dict[int, str], where: str) -> d
     return {
         "name": _look_up(names, record, "category_id", "categories", where),
         "xyxy": _read_box(_get(record, "bbox", list, where), where),
-        "crowd": bool(crowd),
+        "difficult": bool(crowd),
     }
 
 

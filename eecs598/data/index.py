@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,29 @@ from eecs598.data import coco, voc
 
 __all__ = ["Instance", "class_names", "data_layout", "load_index", "load_instances"]
 
-# Image file, and its boxes (M, 5): x1, y1, x2, y2 in pixels of the file, class id.
-Instance = tuple[Path, Tensor]
+
+class Instance(NamedTuple):
+    """One image of a data set, with all its objects.
+
+    Attributes:
+        path: of the image file, absolute.
+        boxes: ``(M, 5)`` float32: x1, y1, x2, y2 in pixels of the annotated image, class id.
+        difficult: ``(M,)`` bool: VOC's ``difficult``, COCO's ``iscrowd``. They come last.
+        size: height and width of the annotated image, or None where the annotation has none.
+        difficult_known: whether the annotation says which objects are difficult. The course's JSON
+            index without the devkit's XML does not have them.
+    """
+
+    path: Path
+    boxes: Tensor
+    difficult: Tensor
+    size: tuple[int, int] | None = None
+    difficult_known: bool = True
+
+    @property
+    def ordinary(self) -> Tensor:
+        """The boxes that are not difficult: all that the course's index has."""
+        return self.boxes[~self.difficult]
 
 
 def data_layout(
@@ -76,31 +97,41 @@ def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, lis
 def load_instances(
     root: str | os.PathLike[str], split: str, classes: Sequence[str]
 ) -> list[Instance]:
-    """Load one split as tensors.
+    """Load one split as tensors, with difficult objects and crowd regions.
 
     Args:
         root: data folder, or a COCO JSON file.
         split: ``"train"``, ``"val"`` or any other.
-        classes: class names in the order of their ids.
-
-    Returns:
-        For each image its absolute path and its boxes ``(M, 5)`` in float32: x1, y1, x2, y2 in
-        pixels of the file, class id.
+        classes: class names in the order of their ids. Difficult objects of other classes are left
+            out.
 
     Raises:
         ValueError: as ``load_index``, or the class of an object is not in ``classes``.
     """
+    layout = data_layout(root, (split,))
     class_ids = {name: number for number, name in enumerate(classes)}
     instances = []
-    for path, objects in load_index(root, split):
-        for item in objects:
-            if item["name"] not in class_ids:
+    for image in (coco if layout == "coco" else voc).load_annotations(root, split):
+        rows, difficult = [], []
+        for item in sorted(image.objects, key=lambda item: item["difficult"]):
+            if item["name"] in class_ids:
+                rows.append([*item["xyxy"], class_ids[item["name"]]])
+                difficult.append(item["difficult"])
+            elif not item["difficult"]:
                 raise ValueError(
-                    f"{path.name} has an object of class {item['name']!r}, which is not in the "
-                    f"list of classes {list(classes)}. Pass classes= with the names of the data."
+                    f"{image.path.name} has an object of class {item['name']!r}, which is not in "
+                    f"the list of classes {list(classes)}. Pass classes= with the names of the "
+                    "data."
                 )
-        rows = [[*item["xyxy"], class_ids[item["name"]]] for item in objects]
-        instances.append((path, torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)))
+        instances.append(
+            Instance(
+                image.path,
+                torch.tensor(rows, dtype=torch.float32).reshape(-1, 5),
+                torch.tensor(difficult, dtype=torch.bool),
+                image.size,
+                image.difficult_known,
+            )
+        )
     return instances
 
 

@@ -61,11 +61,12 @@ class AnnotatedImages:
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self.instances, self.image_size = list(instances), image_size
-        self.max_boxes = max((len(boxes) for _, boxes in self.instances), default=0)
+        self._boxes = [instance.ordinary for instance in self.instances]
+        self.max_boxes = max(map(len, self._boxes), default=0)
         self.cache: ImageCache | None = None
         self._cache_originals = cache_originals
         if cache:
-            self._stored_sizes = [stored_size(path) for path, _ in self.instances]
+            self._stored_sizes = [stored_size(instance.path) for instance in self.instances]
             sizes = self._stored_sizes
             if not cache_originals:
                 sizes = [resized_size(*size, image_size) for size in sizes]
@@ -85,14 +86,14 @@ class AnnotatedImages:
         Raises:
             ValueError: the file can't be read.
         """
-        path, boxes = self.instances[index]
+        path, boxes = self.instances[index].path, self._boxes[index]
         if self.cache is not None and self._cache_originals:
             return self.cache.get(index, lambda: _decode(path)), boxes.clone()
         return _decode(path), boxes.clone()
 
     def resized(self, index: int) -> tuple[Tensor, Tensor]:
         """Load an image with a shorter side of ``image_size`` pixels; otherwise as ``original``."""
-        path, boxes = self.instances[index]
+        path, boxes = self.instances[index].path, self._boxes[index]
         if self.cache is not None and not self._cache_originals:
             stored_height, stored_width = self._stored_sizes[index]
             pixels = self.cache.get(
@@ -171,7 +172,7 @@ class TrainingSet(Dataset[Item]):
                 indices = self.augmentation.choose_images(sample.index, len(self))
                 originals = [self.images.original(index) for index in indices]
                 pixels, boxes = self.augmentation(originals, side)
-        path, _ = self.images.instances[sample.index]
+        path = self.images.instances[sample.index].path
         return make_item(path, pixels, boxes, self.max_boxes)
 
 

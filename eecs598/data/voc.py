@@ -24,7 +24,9 @@ import reprlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from eecs598.data.annotation import ImageAnnotation
 
 VOC2007_CLASSES: tuple[str, ...] = (
     "aeroplane",
@@ -91,38 +93,44 @@ def find_voc_folder(root: str | os.PathLike[str]) -> Path:
     return found[0]
 
 
-def read_annotation(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the objects of one VOC XML file.
+class Annotation(NamedTuple):
+    """What one VOC XML file says about its image.
 
-    Returns:
-        ``{"name": str, "xyxy": [x1, y1, x2, y2], "difficult": bool}`` for each object in the
-        file's order, boxes as floats in pixels. An object without ``<difficult>`` is not
-        difficult; the boxes of an object's ``<part>`` elements are left out.
-
-    Raises:
-        ValueError: the file is missing or broken, a field is missing, a coordinate is not a
-            finite number, or x2 < x1 or y2 < y1.
+    Attributes:
+        objects: ``{"name": str, "xyxy": [x1, y1, x2, y2], "difficult": bool}`` for each object in
+            the file's order, boxes as floats in pixels.
+        size: height and width of the image; None where they are not whole numbers above 0, since
+            some tools leave them out or write 0.
     """
-    return [
-        _read_object(element, f"{path}, object {number}")
-        for number, element in enumerate(_parse(path).findall("object"), start=1)
-    ]
+
+    objects: list[dict[str, Any]]
+    size: tuple[int, int] | None
 
 
-def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Return width and height of the image as given in one VOC XML file.
+def read_annotation(path: str | os.PathLike[str]) -> Annotation:
+    """Read one VOC XML file.
 
-    None where they are not whole numbers above 0; some tools leave them out or write 0.
+    An object without ``<difficult>`` is not difficult; the boxes of an object's ``<part>`` elements
+    are left out.
 
     Raises:
-        ValueError: the file is missing or broken.
+        ValueError: the file is missing or broken, a field of an object is missing, a coordinate is
+            not a finite number, or x2 < x1 or y2 < y1.
     """
     annotation = _parse(path)
+    objects = [
+        _read_object(element, f"{path}, object {number}")
+        for number, element in enumerate(annotation.findall("object"), start=1)
+    ]
+    return Annotation(objects, _read_size(annotation))
+
+
+def _read_size(annotation: ElementTree.Element) -> tuple[int, int] | None:
     try:
-        width, height = (int(annotation.findtext(f"size/{x}", "")) for x in ("width", "height"))
+        height, width = (int(annotation.findtext(f"size/{x}", "")) for x in ("height", "width"))
     except ValueError:
         return None
-    return (width, height) if width > 0 and height > 0 else None
+    return (height, width) if height > 0 and width > 0 else None
 
 
 def _parse(path: str | os.PathLike[str]) -> ElementTree.Element:
@@ -209,15 +217,12 @@ def check_complete(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def build_index(
-    root: str | os.PathLike[str], split: str, *, include_difficult: bool = False
-) -> list[Any]:
-    """Build the course's index of one split from the devkit's XML.
+def build_index(root: str | os.PathLike[str], split: str) -> list[Any]:
+    """Build the course's index of one split from the devkit's XML, without difficult objects.
 
     Args:
         root: data folder, see ``find_voc_folder``.
         split: name of a file in ``ImageSets/Main``, as in ``read_split``.
-        include_difficult: keep difficult objects and give each object the key "difficult".
 
     Returns:
         ``[[path, [{"name", "xyxy"}, ...]], ...]`` in the split's order, ready for JSON. Where an
@@ -226,17 +231,25 @@ def build_index(
     Raises:
         ValueError: as ``read_split`` and ``read_annotation``.
     """
-    index = []
-    for annotation, image in list_files(root, split):
-        objects = read_annotation(annotation)
-        if not include_difficult:
-            objects = [
-                {"name": item["name"], "xyxy": item["xyxy"]}
-                for item in objects
-                if not item["difficult"]
-            ]
-        index.append([_INDEX_ROOT + image.relative_to(root).as_posix(), objects])
-    return index
+    return [
+        [_INDEX_ROOT + image.path.relative_to(root).as_posix(), _ordinary(image.objects)]
+        for image in _read_devkit(root, split)
+    ]
+
+
+def _read_devkit(root: str | os.PathLike[str], split: str) -> list[ImageAnnotation]:
+    """Read the XML files of one split; image files may be missing."""
+    return [
+        ImageAnnotation(image, *read_annotation(annotation))
+        for annotation, image in list_files(root, split)
+    ]
+
+
+def _ordinary(objects: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the objects that are not difficult, as the course's index has them."""
+    return [
+        {"name": item["name"], "xyxy": item["xyxy"]} for item in objects if not item["difficult"]
+    ]
 
 
 def list_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
@@ -266,13 +279,28 @@ def _image_names(folder: Path) -> dict[str, str]:
     return {file.stem: file.name for file in reversed(files)}
 
 
-def load_index(
+def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Load one split, without difficult objects; the arguments are those of ``load_annotations``.
+
+    Returns:
+        For each image its absolute path and its objects, each
+        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file.
+
+    Raises:
+        ValueError: as ``load_annotations``.
+    """
+    return [(image.path, _ordinary(image.objects)) for image in load_annotations(root, split)]
+
+
+def load_annotations(
     root: str | os.PathLike[str], split: str, *, require_images: bool = True
-) -> list[tuple[Path, list[dict[str, Any]]]]:
+) -> list[ImageAnnotation]:
     """Load one split: ``root/voc07_{split}.json``, or the devkit's XML where that is missing.
 
     Paths in the JSON file use forward slashes; they are relative to ``root``, with or without
-    ``./here/``, or absolute. Difficult objects are left out in either case.
+    ``./here/``, or absolute. The JSON file decides on the ordinary objects and their order. It has
+    neither difficult objects nor image sizes: these are added from ``Annotations/NAME.xml`` beside
+    the folder of the image, where that file exists.
 
     Args:
         root: data folder.
@@ -280,25 +308,37 @@ def load_index(
         require_images: raise an error where image files are missing.
 
     Returns:
-        For each image its absolute path and its objects, each
-        ``{"name": str, "xyxy": [x1, y1, x2, y2]}``, boxes as floats in pixels of the file.
+        The images in the split's order.
 
     Raises:
-        ValueError: neither source exists, the JSON file is broken or has another structure, a box
-            has x2 < x1 or y2 < y1, or image files are missing.
+        ValueError: neither source exists, the JSON file or an XML file is broken or has another
+            structure, a box has x2 < x1 or y2 < y1, or image files are missing.
     """
     root = Path(os.path.abspath(root))
-    index = [
-        (root / path.removeprefix(_INDEX_ROOT), objects)
-        for path, objects in _read_index(root, split, include_difficult=False)
-    ]
-    missing = [path for path, _ in index if not path.is_file()] if require_images else []
+    images = [_with_xml(image) for image in _read_images(root, split)]
+    missing = [image.path for image in images if not image.path.is_file()] if require_images else []
     if missing:
         raise ValueError(
-            f"{len(missing)} of the {len(index)} image files of split {split!r} are missing, the "
+            f"{len(missing)} of the {len(images)} image files of split {split!r} are missing, the "
             f"first is {missing[0]}. Complete the data folder {root}"
         )
-    return index
+    return images
+
+
+def _with_xml(image: ImageAnnotation) -> ImageAnnotation:
+    """Complete an image of the JSON index from its XML file, if there is one."""
+    xml = image.path.parent.parent / "Annotations" / f"{image.path.stem}.xml"
+    if image.difficult_known or not xml.is_file():
+        return image
+    found = read_annotation(xml)
+    given = [(item["name"], item["xyxy"]) for item in image.objects]
+    difficult = [
+        item
+        for item in found.objects
+        # The JSON file may count an object that the XML file flags.
+        if item["difficult"] and (item["name"], item["xyxy"]) not in given
+    ]
+    return ImageAnnotation(image.path, image.objects + difficult, found.size)
 
 
 def class_names(
@@ -316,8 +356,8 @@ def class_names(
     names = {
         item["name"]
         for split in present
-        for _, objects in _read_index(root, split, include_difficult=True)
-        for item in objects
+        for image in _read_images(root, split)
+        for item in image.objects
     }
     if not names:
         raise ValueError(
@@ -343,11 +383,18 @@ def has_split(root: str | os.PathLike[str], split: str) -> bool:
         return False
 
 
-def _read_index(root: Path, split: str, *, include_difficult: bool) -> list[Any]:
-    """Read the index of one split from JSON, or from XML where there is no JSON file."""
+def _read_images(root: Path, split: str) -> list[ImageAnnotation]:
+    """Read one split from the JSON index alone, or from XML where there is no JSON file."""
     path = index_path(root, split)
     if path.is_file():
-        return _read_json(path)
+        return [
+            ImageAnnotation(
+                root / name.removeprefix(_INDEX_ROOT),
+                [{**item, "difficult": False} for item in objects],
+                difficult_known=False,
+            )
+            for name, objects in _read_json(path)
+        ]
     try:
         read_split(root, split)
     except ValueError as error:
@@ -356,7 +403,7 @@ def _read_index(root: Path, split: str, *, include_difficult: bool) -> list[Any]
             f"devkit: {error}. Put the course's {path.name} and images into {root}, or get the "
             f"devkit with eecs598.data.download_voc2007({str(root)!r})"
         ) from error
-    return build_index(root, split, include_difficult=include_difficult)
+    return _read_devkit(root, split)
 
 
 def _read_json(path: Path) -> list[Any]:

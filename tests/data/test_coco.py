@@ -145,8 +145,8 @@ def test_values_are_those_of_the_voc_index(root):
 
 def test_read_split(root):
     images = coco.read_split(root, "train")
-    assert [image.size for image in images] == [(48, 32), None, (48, 32)]
-    assert [item["crowd"] for item in images[2].objects] == [False, True, False]
+    assert [image.size for image in images] == [(32, 48), None, (32, 48)]
+    assert [item["difficult"] for item in images[2].objects] == [False, True, False]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

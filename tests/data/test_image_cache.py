@@ -89,7 +89,7 @@ def test_workers_share_it(small_voc, monkeypatch, tmp_path):
 
 
 def test_a_broken_file_is_named_before_anything_is_loaded(small_voc):
-    path, _ = VOC2007DetectionTiny(small_voc, "train", classes=("cube", "dice")).instances[1]
+    path = VOC2007DetectionTiny(small_voc, "train", classes=("cube", "dice")).instances[1].path
     path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=f"{path.name} can't be read as an image"):
         VOC2007DetectionTiny(small_voc, "train", classes=("cube", "dice"), cache=True)

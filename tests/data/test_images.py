@@ -214,7 +214,7 @@ def test_broken_files_are_named_with_the_reason(tmp_path):
 
 def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):
     dataset = VOC2007DetectionTiny(small_voc, "val", image_size=48, classes=("cube", "dice"))
-    paths = [path for path, _ in dataset.instances]
+    paths = [instance.path for instance in dataset.instances]
     for (path, pixels, _), item in zip(dataset, ImageFiles(paths, 48), strict=True):
         assert str(item.path) == path and item.error is None
         assert torch.equal(item.pixels, pixels)

@@ -54,12 +54,22 @@ def test_read_annotation(tmp_path):
     path = tmp_path / "a.xml"
     no_flag = "<object><name> bus </name>" + box_xml((4, 4, 4, 4)) + "</object>"
     objects = "".join(object_xml(*item) for item in OBJECTS["000001"])
-    path.write_text(f"<annotation>{objects}{no_flag}</annotation>")
-    assert voc.read_annotation(path) == [
+    size = "<size><width>48</width><height>32</height></size>"
+    path.write_text(f"<annotation>{size}{objects}{no_flag}</annotation>")
+    found = voc.read_annotation(path)
+    assert found.objects == [
         {"name": "dog", "xyxy": [1.0, 2.0, 30.0, 40.0], "difficult": False},
         {"name": "cat", "xyxy": [5.5, 6.5, 7.5, 8.5], "difficult": True},
         {"name": "bus", "xyxy": [4.0, 4.0, 4.0, 4.0], "difficult": False},
     ]
+    assert found.size == (32, 48)
+
+
+@pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
+def test_size_that_is_not_given(tmp_path, size):
+    path = tmp_path / "a.xml"
+    path.write_text(f"<annotation>{size}</annotation>")
+    assert voc.read_annotation(path) == ([], None)
 
 
 GOOD_BOX = (1, 2, 3, 4)
@@ -129,11 +139,6 @@ def test_read_split_errors(root):
 def test_build_index(root):
     assert voc.build_index(root, "train") == TRAIN_INDEX
     assert voc.build_index(root, "val")[0][1] == []
-    full = voc.build_index(root, "train", include_difficult=True)
-    assert full[0][1] == [
-        {"name": "dog", "xyxy": [1, 2, 30, 40], "difficult": False},
-        {"name": "cat", "xyxy": [5.5, 6.5, 7.5, 8.5], "difficult": True},
-    ]
     inside = voc.build_index(root / "VOCdevkit" / "VOC2007", "train")
     assert inside[0][0] == "./here/JPEGImages/000001.jpg"
 
@@ -160,7 +165,7 @@ def write_json(root: Path, index, split: str = "train") -> Path:
 def test_load_index_from_xml_and_from_json_agree(root, monkeypatch):
     from_xml = voc.load_index(root, "train")
     write_json(root, voc.build_index(root, "train"))
-    (root / "VOCdevkit/VOC2007/Annotations/000001.xml").unlink()  # not looked at any more
+    (root / "VOCdevkit/VOC2007/Annotations/000001.xml").unlink()  # not needed any more
     assert voc.load_index(root, "train") == from_xml
     image = root / "VOCdevkit" / "VOC2007" / "JPEGImages" / "000001.jpg"
     assert from_xml[0] == (image, [{"name": "dog", "xyxy": [1.0, 2.0, 30.0, 40.0]}])
@@ -247,6 +252,40 @@ def test_load_index_with_neither_json_nor_xml(tmp_path, make, reason):
     message = str(caught.value)
     assert f"{root / 'voc07_test.json'}: not there" in message
     assert reason in message and "download_voc2007" in message
+
+
+DIFFICULT_CAT = {"name": "cat", "xyxy": [5.5, 6.5, 7.5, 8.5], "difficult": True}
+
+
+def test_difficult_objects_and_sizes_are_those_of_the_xml_with_and_without_json(root):
+    xml = root / "VOCdevkit/VOC2007/Annotations/000001.xml"
+    size = "<annotation><size><width>48</width><height>32</height></size>"
+    xml.write_text(xml.read_text().replace("<annotation>", size))
+    from_xml = voc.load_annotations(root, "train")
+    assert from_xml[0].size == (32, 48) and from_xml[1].size is None
+    assert from_xml[0].objects[1] == DIFFICULT_CAT and from_xml[0].difficult_known
+    write_json(root, voc.build_index(root, "train"))
+    assert voc.load_annotations(root, "train") == from_xml
+
+
+def test_the_json_file_decides_on_the_ordinary_objects(root):
+    cat = {"name": "cat", "xyxy": [5.5, 6.5, 7.5, 8.5]}
+    cow = {"name": "cow", "xyxy": [1, 1, 2, 2]}
+    write_json(root, [[IMAGE, [cow, cat]]])
+    (found,) = voc.load_annotations(root, "train")
+    # The dog of the XML file is not there, and its difficult cat is counted, once.
+    assert found.objects == [{**cow, "difficult": False}, {**cat, "difficult": False}]
+    write_json(root, [[IMAGE, [cow]]])
+    (found,) = voc.load_annotations(root, "train")
+    assert found.objects == [{**cow, "difficult": False}, DIFFICULT_CAT]
+
+
+def test_without_xml_it_is_not_known_what_is_difficult(root):
+    write_json(root, TRAIN_INDEX)
+    (root / "VOCdevkit/VOC2007/Annotations/000001.xml").unlink()
+    first, second = voc.load_annotations(root, "train")
+    assert not first.difficult_known and first.size is None and len(first.objects) == 1
+    assert second.difficult_known
 
 
 def test_class_names(root):

@@ -51,7 +51,7 @@ def predict(checkpoint: Path, *arguments: str | Path, out: Path) -> tuple[int, d
 
 def test_same_detections_as_evaluation(checkpoint, small_voc, tmp_path):
     dataset = VOC2007DetectionTiny(small_voc, "val", image_size=48, classes=CLASSES)
-    paths = [path for path, _ in dataset.instances]
+    paths = [instance.path for instance in dataset.instances]
     arguments = [*paths, "--score-thresh", "0.3", "--batch-size", "3"]
     status, result = predict(checkpoint, *arguments, out=tmp_path / "out")
     assert status == 0 and result["skipped"] == []
