@@ -197,15 +197,18 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """Read what ``to_dict`` returned.
+        """Read what ``to_dict`` returned, in this version or in an earlier one.
+
+        A setting that did not exist then has its default, which is what was done without it.
 
         Raises:
-            ValueError: a group or setting that is missing, that does not exist, or whose value is
+            ValueError: a group that is missing, a group or setting that does not exist, or a value
                 out of range.
         """
         default = cls()
         groups = {}
-        _check_names("groups of settings", values, [name for name, _ in default._groups()])
+        names = [name for name, _ in default._groups()]
+        _check_names("groups of settings", values, names, required=names)
         for name, group in default._groups():
             _check_names(f"settings in {name!r}", values[name], dataclasses.asdict(group))
             groups[name] = type(group)(
@@ -233,10 +236,14 @@ class Settings:
             yield field.name, getattr(self, field.name)
 
 
-def _check_names(what: str, given: Any, expected: Iterable[str]) -> None:
-    """Check that the keys of a dict from a file are the expected ones."""
-    found, wanted = set(given) if isinstance(given, Mapping) else set(), set(expected)
-    for fault, names in {"unknown": found - wanted, "missing": wanted - found}.items():
+def _check_names(
+    what: str, given: Any, known: Iterable[str], *, required: Iterable[str] = ()
+) -> None:
+    """Check that something from a file is a dict with these keys."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} are {given!r}; expected a dict of them.")
+    found = set(given)
+    for fault, names in {"unknown": found - set(known), "missing": set(required) - found}.items():
         if names:
             raise ValueError(
                 f"{fault} {what}: {', '.join(sorted(map(str, names)))}; the file comes from "

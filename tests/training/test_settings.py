@@ -214,10 +214,9 @@ def test_settings_out_of_range(changes, words):
             lambda values: values["model"].update(dropout=0.1),
             "unknown settings in 'model': drop",
         ),
-        (lambda values: values["data"].pop("seed"), "missing settings in 'data': seed"),
         (lambda values: values.update(log={}), "unknown groups of settings: log"),
         (lambda values: values.pop("run"), "missing groups of settings: run"),
-        (lambda values: values.update(data=3), "missing settings in 'data'"),
+        (lambda values: values.update(data=3), "settings in 'data' are 3; expected a dict"),
         (lambda values: values["data"].update(seed=-1), "seed is -1"),
     ],
 )
@@ -226,3 +225,9 @@ def test_settings_of_another_version(change, words):
     change(values)
     with pytest.raises(ValueError, match=words):
         Settings.from_dict(values)
+
+
+def test_a_setting_that_an_earlier_version_did_not_have():
+    values = Settings().replace(seed=3, max_iters=7).to_dict()
+    del values["data"]["seed"]
+    assert Settings.from_dict(values) == Settings().replace(max_iters=7)
