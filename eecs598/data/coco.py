@@ -18,7 +18,6 @@ difficult objects. Ids may be any whole numbers::
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import reprlib
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from eecs598.data.annotation import ImageAnnotation
+from eecs598.runtime import read_json
 
 __all__ = [
     "candidates",
@@ -262,7 +262,7 @@ def _read_instances(path: Path, problems: list[str] | None) -> list[ImageAnnotat
         with _noted(problems):
             file_name = _get(record, "file_name", str, where).replace("\\", "/")
             size = record.get("height"), record.get("width")
-            given = all(isinstance(side, int) and side > 0 for side in size)
+            given = all(type(side) is int and side > 0 for side in size)
             image_id = _new_id(record, images, where)
             images[image_id] = ImageAnnotation(Path(file_name), size=size if given else None)
     for where, record in _records(path, document, "annotations"):
@@ -275,13 +275,7 @@ def _read_instances(path: Path, problems: list[str] | None) -> list[ImageAnnotat
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        # Given bytes, json.loads detects the encoding, with or without a byte order mark.
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} can't be read as JSON: {error}. Export or download it again"
-        ) from error
+    document = read_json(path)
     if not isinstance(document, dict):
         raise ValueError(
             f"{path} holds {reprlib.repr(document)}; expected a COCO instances file, an object "
@@ -320,7 +314,7 @@ def _get(record: Any, key: str, kind: type, where: str) -> Any:
         raise ValueError(
             f"{where} is {reprlib.repr(record)}, without {key!r}; add it or remove the entry"
         )
-    if not isinstance(record[key], kind):
+    if type(record[key]) is not kind:  # True is an int for Python
         kinds = {int: "a whole number", str: "a text", list: "a list"}
         raise ValueError(
             f"{where}: {key!r} is {reprlib.repr(record[key])}, expected {kinds[kind]}; correct it "
@@ -362,7 +356,7 @@ def _read_object(record: dict[str, Any], names: dict[int, str], where: str) -> d
 def _read_box(bbox: list[Any], where: str) -> list[float]:
     """Convert x, y, width and height to XYXY; as in VOC, a width or height of 0 is allowed."""
     # The limit also refuses NaN, infinity and integers that are too large for a float.
-    numbers = all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in bbox)
+    numbers = all(type(value) in (int, float) and abs(value) < 1e9 for value in bbox)
     if len(bbox) != 4 or not numbers or bbox[2] < 0 or bbox[3] < 0:
         raise ValueError(
             f"{where}: bbox {reprlib.repr(bbox)}, expected x, y, width and height in pixels, four "

@@ -16,8 +16,7 @@ Any folder in the devkit's layout is read in the same way.
 
 from __future__ import annotations
 
-import json
-import math
+import codecs
 import os
 import re
 import reprlib
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eecs598.data.annotation import ImageAnnotation
+
+from eecs598.runtime import read_json, read_text
 
 VOC2007_CLASSES: tuple[str, ...] = (
     "aeroplane",
@@ -135,13 +136,77 @@ def _read_size(annotation: ElementTree.Element) -> tuple[int, int] | None:
 
 def _parse(path: str | os.PathLike[str]) -> ElementTree.Element:
     try:
-        annotation = ElementTree.parse(path).getroot()
+        data = Path(path).read_bytes()
+        annotation = _parse_bytes(data)
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
-        # The last two: an encoding that Python does not know or that the parser can't read.
+        # The last two: an encoding that Python does not know, or bytes that are not in it.
         raise ValueError(f"{path} cannot be read as a VOC XML file: {error}") from error
     if annotation.tag != "annotation":
         raise ValueError(f"{path} begins with <{annotation.tag}>; expected <annotation>")
+    if not data.isascii() and not data.startswith(_MARKS) and not _DECLARATION.match(data):
+        for name in (element.findtext("name", "") for element in annotation.findall("object")):
+            _check_is_utf8(name.strip(), path)
     return annotation
+
+
+# What says of an XML file in which encoding it is: a byte order mark, or its first line.
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_DECLARATION = re.compile(rb"""<\?xml[^>]{1,200}?encoding\s*=\s*["']([A-Za-z][\w.:-]*)["']""")
+# The parser reads these itself. Python has codecs for the last ones, but texts are not in them.
+_PARSER_ENCODINGS = ("utf-8", "ascii", "iso8859-1", "utf-16", "utf-16-le", "utf-16-be")
+_NO_ENCODINGS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7")
+
+
+def _parse_bytes(data: bytes) -> ElementTree.Element:
+    """Parse XML in any encoding that Python knows; the parser alone knows no Chinese one."""
+    declaration = _DECLARATION.match(data)
+    if declaration is None:
+        try:
+            return ElementTree.fromstring(data)
+        except ElementTree.ParseError as error:
+            if data.startswith(_MARKS) or _is_utf8(data):
+                raise
+            raise ValueError(
+                "its bytes are not UTF-8, and it names no other encoding. Save it as UTF-8, or let "
+                'its first line name the encoding, as <?xml version="1.0" encoding="GBK"?> does'
+            ) from error
+    encoding = declaration[1].decode()
+    codec = codecs.lookup(encoding).name
+    if codec in _NO_ENCODINGS:
+        raise ValueError(f"{encoding} is no encoding of a text. Save it as UTF-8")
+    if codec == "utf-8" and not _is_utf8(data):
+        raise ValueError(
+            f"its first line says that it is in {encoding}, and it is not. Save it as that, or "
+            "correct the line"
+        )
+    # Given a string, the parser ignores what the first line says.
+    return ElementTree.fromstring(data if codec in _PARSER_ENCODINGS else data.decode(codec))
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _check_is_utf8(name: str, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a class name that is UTF-8 by accident only.
+
+    The bytes of one or two Chinese characters in GBK may also be UTF-8: accented letters. No
+    language has a class name of several of these and no other letter.
+    """
+    if not name or not all("\u00c0" <= character <= "\u024f" for character in name):
+        return
+    try:
+        in_gbk = name.encode().decode("gbk")
+    except UnicodeDecodeError:
+        return
+    raise ValueError(
+        f"{path} names no encoding, and the class name {name!r} in UTF-8 would be {in_gbk!r} in "
+        'GBK. Let its first line name the encoding, as <?xml version="1.0" encoding="GBK"?> does'
+    )
 
 
 def _read_object(element: ElementTree.Element, where: str) -> dict[str, Any]:
@@ -161,18 +226,26 @@ def _read_object(element: ElementTree.Element, where: str) -> dict[str, Any]:
 def _check_box(values: Sequence[Any], where: str) -> list[float]:
     """Return four finite floats with x1 <= x2 and y1 <= y2; ``where`` begins an error's message."""
     try:
-        x1, y1, x2, y2 = (float(value) for value in values)
+        x1, y1, x2, y2 = (_number(value) for value in values)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{where}: box {reprlib.repr(values)}, expected four numbers x1, y1, x2, y2 "
             f"({', '.join(_BOX_FIELDS)} in XML)"
         ) from error
     xyxy = [x1, y1, x2, y2]
-    if not all(map(math.isfinite, xyxy)):
-        raise ValueError(f"{where}: box {xyxy}, expected finite numbers")
+    # The limit also refuses NaN and infinity. float32 could not hold the largest numbers.
+    if not all(abs(value) < 1e9 for value in xyxy):
+        raise ValueError(f"{where}: box {xyxy}, expected finite numbers of pixels")
     if x2 < x1 or y2 < y1:
         raise ValueError(f"{where}: box {xyxy} has x2 < x1 or y2 < y1, expected x1, y1, x2, y2")
     return xyxy
+
+
+def _number(value: Any) -> float:
+    """Return a number of an annotation; Python would also take ``True`` and ``"1_0"``."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
 
 
 def read_split(root: str | os.PathLike[str], split: str) -> list[str]:
@@ -190,7 +263,7 @@ def read_split(root: str | os.PathLike[str], split: str) -> list[str]:
         # Names with "_" are the devkit's files for one class; whole splits come first.
         names = sorted((file.stem for file in folder.glob("*.txt")), key=lambda n: ("_" in n, n))
         raise ValueError(f"no split {split!r} in {folder}; splits there: {', '.join(names)}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     ids = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in lines if line.strip()]
     if not ids:
         raise ValueError(f"{path} is empty; expected one image id per line")
@@ -407,10 +480,7 @@ def _read_images(root: Path, split: str) -> list[ImageAnnotation]:
 
 
 def _read_json(path: Path) -> list[Any]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON or UTF-8
-        raise ValueError(f"{path} is not valid JSON: {error}. Get the file again") from error
+    index = read_json(path)
     if not isinstance(index, list) or not index:
         raise ValueError(f"{path} holds {reprlib.repr(index)}; expected a list with an entry")
     return [_check_entry(entry, f"{path}, entry {n}") for n, entry in enumerate(index)]

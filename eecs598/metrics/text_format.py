@@ -5,7 +5,6 @@ The format is that of the script https://github.com/Cartucho/mAP.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -16,10 +15,12 @@ import numpy as np
 import torch
 
 from eecs598.metrics.matching import check_class_names, gather_detections, gather_ground_truth
-from eecs598.runtime import atomic_write
+from eecs598.runtime import atomic_write, read_text
 
 DETECTIONS_FOLDER = "detection-results"
 GROUND_TRUTH_FOLDER = "ground-truth"
+
+_MAX_NUMBER = 1e100  # the areas of larger boxes could overflow
 
 
 class TextFormat(NamedTuple):
@@ -177,13 +178,7 @@ def _read_lines(
             continue
         # Plain strings: building a Path for each of thousands of files costs as much as reading.
         path = os.path.join(folder, file)
-        with open(path, "rb") as stream:
-            content = stream.read()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a text file in UTF-8; save it as one") from error
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             line = line.strip()
             if not line:
                 continue
@@ -215,7 +210,9 @@ def _parse_line(line: str, with_score: bool) -> tuple[str, list[float], bool]:
     name, *fields = line.rsplit(None, 5 if with_score else 4)
     values = [float(field) for field in fields]
     x1, y1, x2, y2 = values[-4:]  # too few fields fail here
-    if len(values) != 4 + with_score or not all(map(math.isfinite, values)) or x2 < x1 or y2 < y1:
+    # The limit also refuses NaN and infinity. Python's numbers may have underscores.
+    numbers = all(abs(value) < _MAX_NUMBER for value in values) and "_" not in "".join(fields)
+    if len(values) != 4 + with_score or not numbers or x2 < x1 or y2 < y1:
         raise ValueError("not a box")
     return name, values, difficult
 

@@ -1,4 +1,4 @@
-"""Atomic file writes, the software and hardware that made a result, distributed training."""
+"""Files read and written safely, the software and hardware that made a result, distributed training."""
 
 from eecs598.runtime.distributed import (
     any_process,
@@ -11,7 +11,14 @@ from eecs598.runtime.distributed import (
     rank,
 )
 from eecs598.runtime.environment import describe_environment, package_versions, processor_name
-from eecs598.runtime.files import atomic_write, folder_lock, remove_unfinished, write_json
+from eecs598.runtime.files import (
+    atomic_write,
+    folder_lock,
+    read_json,
+    read_text,
+    remove_unfinished,
+    write_json,
+)
 
 __all__ = [
     "any_process",
@@ -27,6 +34,8 @@ __all__ = [
     "process_group",
     "processor_name",
     "rank",
+    "read_json",
+    "read_text",
     "remove_unfinished",
     "write_json",
 ]

@@ -1,4 +1,4 @@
-"""Files: atomic writes and a lock for a folder."""
+"""Files: text and JSON read with clear errors, atomic writes, a lock for a folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,54 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "folder_lock", "remove_unfinished", "write_json"]
+__all__ = [
+    "atomic_write",
+    "folder_lock",
+    "read_json",
+    "read_text",
+    "remove_unfinished",
+    "write_json",
+]
 
 _MARK = ".part"
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark; line breaks stay as they are.
+
+    Raises:
+        ValueError: the file can't be read, or is in another encoding.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}. Save it in "
+            "that encoding"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file can't be read, or is not JSON.
+    """
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read())  # given bytes, it detects the encoding
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} can't be read as JSON: it is not in {error.encoding.upper()}: {error.reason} at "
+            f"byte {error.start}. Save it in UTF-8"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} can't be read as JSON: {error}. Export or download it again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -340,3 +340,24 @@ def test_no_data_names_both_layouts(tmp_path):
         assert place in message
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         index.class_names(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("change", [{"bbox": [True, 0, 5, 5]}, {"image_id": True}])
+def test_true_is_no_number(tmp_path, change):
+    record = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], **change}
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [record],
+    }
+    path = tmp_path / "instances_train.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"annotations\[0\]: .*True"):
+        coco.read_split(path, "train")
+
+
+def test_json_in_another_encoding(tmp_path):
+    path = tmp_path / "instances_train.json"
+    path.write_bytes('{"images": "狗"}'.encode("gbk"))
+    with pytest.raises(ValueError, match=r"train\.json can't be read as JSON: it is not in UTF-8"):
+        coco.read_split(path, "train")

@@ -195,7 +195,7 @@ GOOD_OBJECT = {"name": "dog", "xyxy": [1, 2, 3, 4]}
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ('[["a', "is not valid JSON"),
+        ('[["a', "can't be read as JSON"),
         ([], "expected a list with an entry"),
         ({"a": 1}, "expected a list with an entry"),
         ([[IMAGE, []], IMAGE], r"entry 1 is .*expected \[path, \[objects\]\]"),
@@ -223,7 +223,7 @@ def test_load_index_json_errors(root, index, message):
 
 def test_load_index_json_of_bytes(root):
     (root / "voc07_train.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"voc07_train\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"voc07_train\.json can't be read as JSON: it is not in UTF-16"):
         voc.load_index(root, "train")
 
 
@@ -308,7 +308,7 @@ def test_class_names_errors(tmp_path, root):
     with pytest.raises(ValueError, match="found: train"):
         voc.class_names(root, ("train",))
     write_json(root, "{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="read as JSON"):
         voc.class_names(root)
 
 
@@ -322,3 +322,97 @@ def test_voc2007_class_names(voc2007_dir):
     assert len(voc.VOC2007_CLASSES) == 20
     assert voc.class_names(voc2007_dir) == list(voc.VOC2007_CLASSES)
     assert len(voc.load_index(voc2007_dir, "val")) == len(voc.read_split(voc2007_dir, "val"))
+
+
+# ---------------------------------------------------------------------------------------
+# Encodings
+# ---------------------------------------------------------------------------------------
+
+
+def xml_of(name: str, encoding: str, declared: str | None) -> bytes:
+    first_line = "" if declared is None else f'<?xml version="1.0" encoding="{declared}"?>\n'
+    xml = f"{first_line}<annotation>{object_xml(name, GOOD_BOX, 0)}</annotation>"
+    return xml.encode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "declared"),
+    [
+        ("猫", "gbk", "gbk"),
+        ("鼠標", "big5", "Big5"),
+        ("猫", "gb18030", "GB18030"),
+        ("ネコ", "shift_jis", "Shift_JIS"),
+        ("ネコ", "iso2022_jp", "ISO-2022-JP"),
+        ("고양이", "euc_kr", "euc-kr"),
+        ("кот", "cp1251", "windows-1251"),
+        ("forêt", "latin-1", "ISO-8859-1"),
+        ("猫", "utf-8", "utf-8"),
+        ("猫", "utf-8", None),
+        ("猫", "utf-8-sig", "utf-8"),
+        ("è", "utf-8", "utf-8"),
+        ("è", "utf-8-sig", None),
+        ("forêt", "utf-8", None),
+        ("кошка", "utf-8", None),
+        ("猫", "utf-16", "utf-16"),
+        ("è", "utf-16", None),
+    ],
+)
+def test_encodings_of_xml(tmp_path, name, encoding, declared):
+    path = tmp_path / "a.xml"
+    path.write_bytes(xml_of(name, encoding, declared))
+    assert [item["name"] for item in voc.read_annotation(path).objects] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "declared", "message"),
+    [
+        ("狗", "gbk", None, "its bytes are not UTF-8, and it names no other.*Save it as UTF-8"),
+        # These two bytes are UTF-8, too.
+        ("猫", "gbk", None, "the class name 'è' in UTF-8 would be '猫' in GBK. Let its first line"),
+        ("狗", "gbk", "utf-8", "says that it is in utf-8, and it is not"),
+        ("ü", "latin-1", "gbk", "'gbk' codec can't decode"),
+        ("cat", "utf-8", "klingon", "unknown encoding: klingon"),
+        ("cat", "utf-8", "rot13", "not a text encoding"),
+        ("cat", "utf-8", "unicode_escape", "unicode_escape is no encoding of a text"),
+        ("cat", "utf-8", "idna", "idna is no encoding of a text"),
+        ("cat", "utf-8", "utf-16", "cannot be read"),
+    ],
+)
+def test_encodings_of_xml_errors(tmp_path, name, encoding, declared, message):
+    path = tmp_path / "bad.xml"
+    path.write_bytes(xml_of(name, encoding, declared))
+    with pytest.raises(ValueError, match=message) as caught:
+        voc.read_annotation(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk"])
+def test_entities_of_xml_do_not_unfold_without_end(tmp_path, encoding):
+    entities = '<!ENTITY a0 "猫">' + "".join(
+        f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 12)
+    )
+    xml = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE annotation [{entities}]>'
+    path = tmp_path / "bomb.xml"
+    path.write_bytes(f"{xml}<annotation><name>&a11;</name></annotation>".encode(encoding))
+    with pytest.raises(ValueError, match="limit on input amplification"):
+        voc.read_annotation(path)
+
+
+def test_lists_are_utf8(root):
+    path = root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt"
+    path.write_bytes("猫\n".encode("utf-8-sig"))
+    assert voc.read_split(root, "train") == ["猫"]
+    path.write_bytes("猫二\n".encode("gbk"))
+    with pytest.raises(ValueError, match=r"train\.txt is not a text file in UTF-8: .*Save it in"):
+        voc.read_split(root, "train")
+
+
+@pytest.mark.parametrize("value", [True, 1e9, "1_0"])
+def test_what_is_no_coordinate(tmp_path, root, value):
+    write_json(root, [[IMAGE, [{"name": "dog", "xyxy": [0, 0, 5, value]}]]])
+    with pytest.raises(ValueError, match="finite numbers|four numbers|has the object"):
+        voc.load_index(root, "train")
+    path = tmp_path / "a.xml"
+    path.write_text(f"<annotation>{object_xml('dog', (0, 0, 5, value), 0)}</annotation>")
+    with pytest.raises(ValueError, match="finite numbers|four numbers"):
+        voc.read_annotation(path)

@@ -77,6 +77,8 @@ def test_read_text_format(tmp_path):
         ("ground-truth", "cat 0 0 9 9 Difficult"),
         ("ground-truth", "difficult"),
         ("ground-truth", "cat 0 0 nan 9"),
+        ("ground-truth", "cat 0 0 1_0 9"),
+        ("ground-truth", "cat 0 0 1e200 9"),
         ("ground-truth", "cat 9 0 0 9"),
         ("ground-truth", "cat 0 9 9 0"),
         ("detection-results", "cat 0 0 9 9"),
