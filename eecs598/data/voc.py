@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eecs598.data.annotation import ImageAnnotation
-
 from eecs598.runtime import read_json, read_text
 
 VOC2007_CLASSES: tuple[str, ...] = (

@@ -1,4 +1,4 @@
-"""Files read and written safely, the software and hardware that made a result, distributed training."""
+"""Files, the software and hardware that made a result, distributed training."""
 
 from eecs598.runtime.distributed import (
     any_process,

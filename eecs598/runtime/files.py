@@ -51,8 +51,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             return json.loads(file.read())  # given bytes, it detects the encoding
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} can't be read as JSON: it is not in {error.encoding.upper()}: {error.reason} at "
-            f"byte {error.start}. Save it in UTF-8"
+            f"{path} can't be read as JSON: it is not in {error.encoding.upper()}: {error.reason} "
+            f"at byte {error.start}. Save it in UTF-8"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(

@@ -223,7 +223,7 @@ def test_load_index_json_errors(root, index, message):
 
 def test_load_index_json_of_bytes(root):
     (root / "voc07_train.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"voc07_train\.json can't be read as JSON: it is not in UTF-16"):
+    with pytest.raises(ValueError, match=r"voc07_train\.json can't be read .*not in UTF-16"):
         voc.load_index(root, "train")
 
 
