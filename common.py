@@ -139,7 +139,7 @@ class DetectorBackboneWithFPN(nn.Module):
         out_channels: channels of every pyramid level.
         backbone: name of a torchvision classification network that has stages of stride 8, 16
             and 32 (``"regnet_x_400mf"``, ``"resnet50"``, ``"regnet_x_3_2gf"``, ...), or
-            ``"timm:NAME"`` for a network of the optional package timm.
+            ``"timm:NAME"`` for a network of the package timm.
         weights: ``"DEFAULT"`` for ImageNet weights, ``None`` for random weights, or the path of a
             state dict of the classification network. ImageNet weights come from the local cache
             or are downloaded; where neither is possible, the network starts from random weights
@@ -269,7 +269,7 @@ def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
     except ImportError:
         raise ValueError(
             f"backbone={name!r} needs the package timm, which is not installed. "
-            'Install it with: pip install "eecs598-fcos[timm]"'
+            "Install it with: pip install timm"
         ) from None
     name = name.removeprefix("timm:")
     if not timm.is_model(name):

@@ -678,8 +678,40 @@ class FCOS(nn.Module):
         # Moving average of the foreground locations per image. A buffer, because like the
         # statistics of batch norm it belongs to the state of a training run.
         self.register_buffer("loss_normalizer", torch.tensor(150.0))
+        self.class_names: list[str] | None = None  # those of ``from_pretrained``
         self._compiled_network: Callable[[Tensor], NetworkOutputs] | None = None
         self._compiled_prediction: Callable[[Tensor], NetworkOutputs] | None = None
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | os.PathLike[str] = "voc2007") -> FCOS:
+        """Load a trained detector, on the CPU and in evaluation mode; nothing is downloaded.
+
+        Its images are normalized as ``eecs598.data.normalize`` does it.
+
+        Args:
+            checkpoint: name of a detector that comes along, a .safetensors file of such a
+                detector, or a checkpoint of ``fcos train``.
+
+        Returns:
+            The detector, whose ``class_names`` are set.
+
+        Raises:
+            ValueError: no such name or file, or a file that holds no detector of this kind.
+        """
+        from eecs598.deploy import read_checkpoint  # whose drawing few users of FCOS need
+        from eecs598.training import Settings
+
+        content = read_checkpoint(checkpoint)
+        if content["settings"] is None:
+            raise ValueError(
+                f"{checkpoint} has no settings, as a plain state dict; build FCOS with those of "
+                "its training and call load_state_dict."
+            )
+        settings = Settings.from_dict(content["settings"]).model
+        detector = cls(len(content["classes"]), **{**settings.kwargs(), "weights": None})
+        detector.load_state_dict(content["model"])
+        detector.class_names = list(content["classes"])
+        return detector.to(memory_format=torch.channels_last).eval()
 
     def train(self, mode: bool = True) -> FCOS:
         """Switch between training and evaluation mode."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from common import PretrainedWeightsWarning
 from eecs598.data import VOC2007_CLASSES, class_names
-from eecs598.training import ModelSettings, Settings, load_checkpoint
+from eecs598.deploy import read_checkpoint
+from eecs598.training import ModelSettings, Settings
+from fcos.fine_tuning import read_start, start_from
 from one_stage_detector import FCOS
 
 __all__ = ["TrainedDetector", "build_detector", "load_detector"]
@@ -26,30 +29,41 @@ class TrainedDetector(NamedTuple):
     class_names: list[str]  # in the order of their ids
 
 
-def build_detector(settings: ModelSettings, num_classes: int, *, load_weights: bool = True) -> FCOS:
+def build_detector(
+    settings: ModelSettings,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+    *,
+    load_weights: bool = True,
+) -> FCOS:
     """Build FCOS; unlike in a notebook, a start without the wanted weights is an error.
 
     Args:
         settings: of the model.
         num_classes: number of classes, C.
-        load_weights: start from the backbone's weights that the settings name; without, from
-            random ones, since those of a checkpoint are loaded afterwards.
+        class_names: the C names, by which classes keep the weights of a whole detector.
+        load_weights: start from the weights that the settings name, of the backbone or of a whole
+            detector; without, from random ones, since those of a checkpoint are loaded afterwards.
 
     Raises:
         ValueError: a setting that ``FCOS`` does not take, or weights that can't be loaded.
     """
     kwargs = settings.kwargs()
-    if not load_weights:
+    start = read_start(settings.weights) if load_weights else None
+    if start is not None or not load_weights:
         kwargs["weights"] = None
     with warnings.catch_warnings():
         warnings.simplefilter("error", PretrainedWeightsWarning)
         try:
-            return FCOS(num_classes, **kwargs)
+            detector = FCOS(num_classes, **kwargs)
         except PretrainedWeightsWarning as warning:
             raise ValueError(
                 f"{warning}\nGive the backbone's weights as --weights FILE, or start from random "
                 "ones on purpose with --weights none."
             ) from None
+    if start is not None:
+        start_from(detector, start, settings, class_names)
+    return detector
 
 
 def load_detector(
@@ -63,7 +77,8 @@ def load_detector(
     """Load the detector of a checkpoint, or of a plain state dict.
 
     Args:
-        path: file that ``fcos train`` or ``torch.save(detector.state_dict(), path)`` wrote.
+        path: name of a detector that comes along, or a file that ``fcos train``,
+            ``eecs598.deploy.write_weights`` or ``torch.save(detector.state_dict(), path)`` wrote.
         backbone: of a plain state dict, which does not name it.
         data: folder of a data set that has the class names of a plain state dict.
         classes: those names themselves, comma between them.
@@ -72,7 +87,7 @@ def load_detector(
     Raises:
         ValueError: a file that is neither, or that does not fit to what was given.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     state, names = checkpoint["model"], checkpoint["classes"]
     if names is not None and classes is not None:
         raise ValueError(

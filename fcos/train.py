@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcos.data import describe_contents, generated_shapes
-from fcos.evaluate import evaluate, export_text, print_results, write_report
+from fcos.evaluate import evaluate
 from fcos.options import (
-    EVAL_NMS_THRESH,
     add_machine_options,
     add_settings,
     choose_device,
@@ -21,7 +20,7 @@ from fcos.options import (
     given_settings,
     make_empty_folder,
 )
-from fcos.predict import draw_examples
+from fcos.results import write_results
 
 if TYPE_CHECKING:
     from eecs598.metrics import Evaluation
@@ -91,16 +90,21 @@ def _train(args: argparse.Namespace, device: str) -> None:
     from a4_helper import VOC2007DetectionTiny, train_detector
     from eecs598 import reset_seed
     from eecs598.data import TrainingSampler, TrainingSet, load_instances
-    from eecs598.metrics import plot_average_precision, score_matches
+    from eecs598.metrics import score_matches
     from eecs598.runtime import (
         folder_lock,
         gather,
         is_main_process,
         num_processes,
         rank,
-        write_json,
     )
-    from eecs598.training import TrainingRun, ignore_signals, plot_losses, precision_name
+    from eecs598.training import (
+        TrainingRun,
+        UsageMeter,
+        ignore_signals,
+        plot_losses,
+        precision_name,
+    )
     from fcos.models import build_detector
 
     # Settings
@@ -133,14 +137,16 @@ def _train(args: argparse.Namespace, device: str) -> None:
     reset_seed(data.seed)
     checkpoint = out / "checkpoint.pt"
     resume = gather(args.resume and checkpoint.is_file())[0]
-    detector = build_detector(settings.model, len(names), load_weights=not resume)
+    detector = build_detector(settings.model, len(names), names, load_weights=not resume)
 
     # Training
     evaluation: Evaluation | None = None  # the last one
+    meter = UsageMeter(device)
 
     def validate(model: FCOS) -> float:
         nonlocal evaluation
-        evaluation = evaluate(model, val_set, workers, device)
+        with meter.paused():
+            evaluation = evaluate(model, val_set, workers, device)
         return score_matches(evaluation.matches)["mAP"]
 
     training_run = TrainingRun(
@@ -152,11 +158,12 @@ def _train(args: argparse.Namespace, device: str) -> None:
         resume=resume,
         **settings.run.kwargs(),
     )
+    first = training_run.iteration
     sampler = TrainingSampler(
         len(train_set),
         data.batch_size // num_processes(),
         settings.optimization.max_iters,
-        start=training_run.iteration,
+        start=first,
         seed=data.seed,
         image_sizes=data.image_sizes,
         rank=rank(),
@@ -178,34 +185,24 @@ def _train(args: argparse.Namespace, device: str) -> None:
     with folder_lock(out) if is_main_process() else contextlib.nullcontext():
         if is_main_process():
             description.write()
-        history = train_detector(
-            detector,
-            train_loader,
-            log_period=max(1, min(100, settings.optimization.max_iters // 10)),
-            device=device,
-            run=training_run,
-            **settings.optimization.kwargs(),
-        )
+        with meter.running():
+            history = train_detector(
+                detector,
+                train_loader,
+                log_period=max(1, min(100, settings.optimization.max_iters // 10)),
+                device=device,
+                run=training_run,
+                **settings.optimization.kwargs(),
+            )
 
     # Report. The last step was evaluated, unless there was none left to do.
     if evaluation is None:
         evaluation = evaluate(detector, val_set, workers, device)
     if not is_main_process():
         return
-    write_json(out / "history.json", history)
-    export_text(evaluation, out)
-    facts = {
-        "checkpoint": str(checkpoint),
-        "data": description.data,
-        "split": "val",
-        "image_size": data.image_size,
-        "nms_thresh": EVAL_NMS_THRESH,
-    }
-    metrics = write_report(evaluation, out, facts)
-    plot_average_precision(metrics, out / "ap.png")
-    print_results(metrics)
-    draw_examples(detector, val_set, out / "detections.png", device)
-    print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
+    done = len(history["iteration"]) - first
+    usage = meter.usage(detector, detector.network_outputs, data.image_size, done * data.batch_size)
+    write_results(description, detector, val_set, evaluation, history, usage, device)
 
 
 def _new_run(args: argparse.Namespace) -> RunDescription:
@@ -213,9 +210,10 @@ def _new_run(args: argparse.Namespace) -> RunDescription:
     from eecs598.data import class_names
     from eecs598.runtime import describe_environment, gather, is_main_process
     from eecs598.training import RunDescription, from_recipe
+    from fcos.fine_tuning import with_architecture
 
     recipe = args.recipe or ("shapes" if args.data is None else "handout")
-    settings = from_recipe(recipe, **given_settings(args))
+    settings = from_recipe(recipe, **with_architecture(given_settings(args)))
     description = None
     if is_main_process():
         data = os.path.abspath(args.data if args.data is not None else generated_shapes())

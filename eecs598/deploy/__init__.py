@@ -1,5 +1,14 @@
-"""Deployment: detect objects in image files with a trained detector."""
+"""Deployment: detect objects in image files with a trained detector, some of which come along."""
 
 from eecs598.deploy.prediction import detect, picture_names, to_json, write_picture
+from eecs598.deploy.pretrained import pretrained_names, read_checkpoint, write_weights
 
-__all__ = ["detect", "picture_names", "to_json", "write_picture"]
+__all__ = [
+    "detect",
+    "picture_names",
+    "pretrained_names",
+    "read_checkpoint",
+    "to_json",
+    "write_picture",
+    "write_weights",
+]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         TrainingStopped,
         ignore_signals,
     )
+    from eecs598.training.usage import UsageMeter, describe_usage
 
 __all__ = [
     "RECIPES",
@@ -59,6 +60,8 @@ __all__ = [
     "TrainingLogger",
     "TrainingRun",
     "TrainingStopped",
+    "UsageMeter",
+    "describe_usage",
     "ema",
     "find_state_dict",
     "from_recipe",
@@ -99,6 +102,8 @@ _MODULES = {
     "TrainingRun": "run",
     "TrainingStopped": "run",
     "ignore_signals": "run",
+    "UsageMeter": "usage",
+    "describe_usage": "usage",
 }
 
 

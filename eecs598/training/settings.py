@@ -78,7 +78,11 @@ class ModelSettings(_Group):
     """What the detector consists of: arguments of ``FCOS``."""
 
     backbone: str = _setting("regnet_x_400mf", "torchvision classification network, or timm:NAME")
-    weights: str = _setting("default", "of the backbone: default (ImageNet), none or a FILE")
+    weights: str = _setting(
+        "default",
+        "of the backbone: default (ImageNet), none or a FILE; of a whole detector, whose "
+        "architecture is taken over: voc2007 or a FILE",
+    )
     fpn_channels: int = _setting(128, "width of the feature pyramid", at_least=1)
     stem_channels: tuple[int, ...] = _setting(
         (128, 128), "channels of the head's convolutions", option="stem", at_least=1

@@ -76,6 +76,12 @@ def test_train_leaves_what_it_says(run_folder):
     (environment,) = description["environment"]
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
     assert [environment[n] for n in ("device", "processes", "precision")] == ["cpu", 1, "float32"]
+    weights = checkpoint["model"].items()
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "loss_normalizer")
+    usage = environment["usage"]
+    parameters = sum(value.numel() for name, value in weights if not name.endswith(buffers))
+    assert usage["parameters"] == parameters and usage["image_size"] == 64
+    assert 3e7 < usage["flops_per_image"] < 2e8 and usage["images_per_second"] > 0
 
 
 def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys):
