@@ -166,6 +166,7 @@ def train_detector(
     warmup_iters: int = 0,
     max_grad_norm: float | None = None,
     backbone_lr_factor: float = 1.0,
+    decay_all: bool = True,
     ema_decay: float | None = None,
     amp: str = "off",
     channels_last: bool = True,
@@ -198,6 +199,7 @@ def train_detector(
         max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it.
         backbone_lr_factor: the learning rate of ``detector.backbone_parameters()`` is multiplied
             by it.
+        decay_all: without it, biases and norms have no weight decay.
         ema_decay: keep an exponential moving average (EMA) of the weights, of which this part
             remains in every step (less in the first steps). The average is what is evaluated, and
             what the detector has at the end.
@@ -231,7 +233,9 @@ def train_detector(
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     detector.to(device).to(memory_format=layout).train()
-    solver = make_optimizer(detector, optimizer, learning_rate, weight_decay, backbone_lr_factor)
+    solver = make_optimizer(
+        detector, optimizer, learning_rate, weight_decay, backbone_lr_factor, decay_all
+    )
     factor = learning_rate_factor(schedule, warmup_iters, max_iters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(solver, factor)
     autocast, scaler = mixed_precision(device, amp)

@@ -144,6 +144,9 @@ class DetectorBackboneWithFPN(nn.Module):
             state dict of the classification network. ImageNet weights come from the local cache
             or are downloaded; where neither is possible, the network starts from random weights
             with a ``PretrainedWeightsWarning``.
+        drop_path_rate: stochastic depth (arXiv 1603.09382, equation 5): the probability that the
+            last residual block is left out in a training step; those before it have less. For
+            networks of timm.
 
     Raises:
         ValueError: an unknown network, a network without the three strides, or a weights file
@@ -162,10 +165,11 @@ class DetectorBackboneWithFPN(nn.Module):
         *,
         backbone: str = "regnet_x_400mf",
         weights: str | os.PathLike | None = "DEFAULT",
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.backbone = _build_backbone(backbone, weights)
+        self.backbone = _build_backbone(backbone, weights, drop_path_rate)
 
         stage_shapes = _stage_shapes(self.backbone, torch.Size((2, 3, 224, 224)))
         print("For dummy input images with shape: (2, 3, 224, 224)")
@@ -211,23 +215,25 @@ class DetectorBackboneWithFPN(nn.Module):
         return {level: pyramid[level] for level in self.fpn_strides}
 
 
-def _build_backbone(name: str, weights: str | os.PathLike | None) -> nn.Module:
+def _build_backbone(
+    name: str, weights: str | os.PathLike | None, drop_path_rate: float
+) -> nn.Module:
     """Return a network that maps images to ``{"c3": ..., "c4": ..., "c5": ...}``."""
     build = _build_timm if name.startswith("timm:") else _build_torchvision
     if weights is None:
-        return build(name, None)
+        return build(name, None, drop_path_rate)
     if weights != "DEFAULT":
         if not os.path.isfile(weights):
             raise ValueError(
                 f"weights={str(weights)!r} is not a file. Pass the path of a state dict, "
                 '"DEFAULT" for ImageNet weights, or None for random weights.'
             )
-        return build(name, weights)
+        return build(name, weights, drop_path_rate)
 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        return build(name, "DEFAULT")
+        return build(name, "DEFAULT", drop_path_rate)
     # URLError, HTTPError and time-outs are OSErrors; an incomplete download fails the hash check
     # of torch.hub with a RuntimeError.
     except (OSError, RuntimeError) as error:
@@ -242,13 +248,20 @@ def _build_backbone(name: str, weights: str | os.PathLike | None) -> nn.Module:
             PretrainedWeightsWarning,
             stacklevel=3,
         )
-        return build(name, None)
+        return build(name, None, drop_path_rate)
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def _build_torchvision(name: str, weights: str | os.PathLike | None) -> nn.Module:
+def _build_torchvision(
+    name: str, weights: str | os.PathLike | None, drop_path_rate: float
+) -> nn.Module:
     """Cut the stages c3, c4, c5 out of a torchvision network. Weights as in ``_build_backbone``."""
+    if drop_path_rate:
+        raise ValueError(
+            f"drop_path_rate={drop_path_rate} is for networks of timm; {name!r} is one of "
+            'torchvision. Leave it out, or choose a backbone "timm:NAME".'
+        )
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"backbone={name!r} is not a classification network of torchvision. Expected a name "
@@ -262,7 +275,7 @@ def _build_torchvision(name: str, weights: str | os.PathLike | None) -> nn.Modul
     return create_feature_extractor(model, {module: stage for stage, module in stages.items()})
 
 
-def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
+def _build_timm(name: str, weights: str | os.PathLike | None, drop_path_rate: float) -> nn.Module:
     """Cut the stages c3, c4, c5 out of a timm network. Weights as in ``_build_backbone``."""
     try:
         import timm
@@ -278,9 +291,15 @@ def _build_timm(name: str, weights: str | os.PathLike | None) -> nn.Module:
         )
     # timm's own loader reads the file, because it drops the classifier and renames old keys.
     overlay = {"file": os.fspath(weights)} if weights not in (None, "DEFAULT") else None
+    # Networks without residual blocks do not take the argument.
+    options: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     try:
         model = timm.create_model(
-            name, pretrained=weights is not None, features_only=True, pretrained_cfg_overlay=overlay
+            name,
+            pretrained=weights is not None,
+            features_only=True,
+            pretrained_cfg_overlay=overlay,
+            **options,
         )
     except (RuntimeError, AttributeError) as error:
         if overlay:

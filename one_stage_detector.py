@@ -27,7 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import (
+    clip_boxes_to_image,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+    sigmoid_focal_loss,
+)
 
 from common import (
     DetectorBackboneWithFPN,
@@ -42,6 +47,7 @@ from eecs598.runtime import mean_over_processes
 
 __all__ = [
     "BOX_LOSSES",
+    "QUALITY_TARGETS",
     "FCOS",
     "FCOSLoss",
     "FCOSPostProcessor",
@@ -60,8 +66,8 @@ __all__ = [
 DEFAULT_SCORE_THRESH = 0.4
 DEFAULT_NMS_THRESH = 0.6
 
-# The GIoU loss is weighted by centerness, which is about 0.4 on average.
-GIOU_WEIGHT = 2.0
+# Losses of decoded boxes are weighted by centerness, which is about 0.4 on average.
+DECODED_BOX_WEIGHT = 2.0
 
 GROUP_NORM_GROUPS = 32
 
@@ -90,6 +96,8 @@ class FCOSPredictionNetwork(nn.Module):
             convolution, as in the paper.
         scaled_levels: names of the levels whose deltas are multiplied with a learned scale of
             their own (paper, section 3.2, the ``s_i`` in ``exp(s_i x)``, here without ``exp``).
+        dropout: part of the channels that are dropped before the class logits in training
+            (arXiv 1411.4280, section 3.2: whole channels, since neighboring pixels are alike).
 
     Raises:
         ValueError: no class, or an unknown norm.
@@ -103,6 +111,7 @@ class FCOSPredictionNetwork(nn.Module):
         *,
         norm: str = "none",
         scaled_levels: Iterable[str] = (),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -122,6 +131,7 @@ class FCOSPredictionNetwork(nn.Module):
         channels = stem_channels[-1] if stem_channels else in_channels
         self.stem_cls = stem()
         self.stem_box = stem()
+        self.dropout = nn.Dropout2d(dropout)
         self.pred_cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.pred_box = nn.Conv2d(channels, 4, kernel_size=3, padding=1)
         self.pred_ctr = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
@@ -151,7 +161,7 @@ class FCOSPredictionNetwork(nn.Module):
         centerness_logits: dict[str, Tensor] = {}
         for level, feats in feats_per_fpn_level.items():
             class_feats, box_feats = self.stem_cls(feats), self.stem_box(feats)
-            class_logits[level] = _flatten_x_major(self.pred_cls(class_feats))
+            class_logits[level] = _flatten_x_major(self.pred_cls(self.dropout(class_feats)))
             deltas[level] = _flatten_x_major(self.pred_box(box_feats))
             if level in self.scales:
                 deltas[level] = deltas[level] * self.scales[level]
@@ -422,14 +432,25 @@ def l1_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
 
 
 def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
-    """Return 1 - GIoU of the decoded boxes, ``(B, N, 1)`` (arXiv 1902.09630, algorithm 2).
+    """Return 1 - GIoU of the decoded boxes, ``(B, N, 1)`` (arXiv 1902.09630, algorithm 2)."""
+    return _decoded_box_loss(generalized_box_iou_loss, deltas, targets)
 
-    It is weighted by the centerness targets, so that locations near the center of an object, whose
-    boxes rank first in the end, count most.
+
+def diou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
+    """Return 1 - DIoU of the decoded boxes, ``(B, N, 1)`` (arXiv 1911.08287, equation 7)."""
+    return _decoded_box_loss(distance_box_iou_loss, deltas, targets)
+
+
+def _decoded_box_loss(
+    loss: Callable[..., Tensor], deltas: Tensor, targets: LocationTargets
+) -> Tensor:
+    """Compute a loss of two boxes, weighted by the centerness targets.
+
+    So locations near the center of an object, whose boxes rank first in the end, count most.
     """
     boxes = fcos_apply_deltas_to_locations(deltas, targets.locations, targets.strides)
-    loss = generalized_box_iou_loss(boxes, targets.boxes[..., :4], reduction="none")  # (B, N)
-    return (GIOU_WEIGHT * targets.centerness * loss)[..., None]
+    losses = loss(boxes, targets.boxes[..., :4], reduction="none")  # (B, N)
+    return (DECODED_BOX_WEIGHT * targets.centerness * losses)[..., None]
 
 
 # Every choice for ``FCOS(box_loss=...)``. A function takes the predicted deltas (B, N, 4) and the
@@ -439,6 +460,40 @@ def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
 BOX_LOSSES: dict[str, Callable[[Tensor, LocationTargets], Tensor]] = {
     "l1": l1_box_loss,
     "giou": giou_box_loss,
+    "diou": diou_box_loss,
+}
+
+
+def centerness_quality(_deltas: Tensor, targets: LocationTargets) -> Tensor:
+    """Return the centerness of the locations, ``(B, N)``: the assignment's target."""
+    return targets.centerness
+
+
+def iou_quality(deltas: Tensor, targets: LocationTargets) -> Tensor:
+    """Return the IoU of each predicted box with its matched box, ``(B, N)``.
+
+    Centerness says how well a location is placed, this how well its box fits (arXiv 1912.05992,
+    section 3.2). It passes no gradient to the boxes.
+    """
+    boxes = fcos_apply_deltas_to_locations(deltas.detach(), targets.locations, targets.strides)
+    top_left, bottom_right = boxes.split(2, dim=-1)  # (B, N, 2)
+    matched_top_left, matched_bottom_right = targets.boxes[..., :4].split(2, dim=-1)
+    area = (bottom_right - top_left).prod(dim=-1)  # (B, N)
+    matched_area = (matched_bottom_right - matched_top_left).prod(dim=-1)
+    overlap = torch.minimum(bottom_right, matched_bottom_right) - torch.maximum(
+        top_left, matched_top_left
+    )
+    intersection = overlap.clamp(min=0).prod(dim=-1)
+    union = area + matched_area - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+# Every choice for ``FCOS(quality=...)``: what the logit beside the boxes learns, and what the
+# class probability is multiplied with in a score. A function takes the predicted deltas
+# (B, N, 4) and the targets, and returns a value in [0, 1] for each location that is not background.
+QUALITY_TARGETS: dict[str, Callable[[Tensor, LocationTargets], Tensor]] = {
+    "centerness": centerness_quality,
+    "iou": iou_quality,
 }
 
 
@@ -455,19 +510,20 @@ class FCOSLoss:
         strides: stride of each level.
         box_loss: a name in ``BOX_LOSSES``.
         center_radius: see ``fcos_match_locations_to_gt``.
+        quality: a name in ``QUALITY_TARGETS``, of what is learned in place of centerness.
 
     Raises:
-        ValueError: an unknown loss, or a radius that is not positive.
+        ValueError: an unknown loss or quality, or a radius that is not positive.
     """
 
     strides: Mapping[str, int]
     box_loss: str = "l1"
     center_radius: float | None = None
+    quality: str = "centerness"
 
     def __post_init__(self) -> None:
-        if self.box_loss not in BOX_LOSSES:
-            names = " or ".join(f'"{name}"' for name in BOX_LOSSES)
-            raise ValueError(f"box_loss={self.box_loss!r}; expected {names}.")
+        _check_choice("box_loss", self.box_loss, BOX_LOSSES)
+        _check_choice("quality", self.quality, QUALITY_TARGETS)
         if self.center_radius is not None and not self.center_radius > 0:
             raise ValueError(
                 f"center_radius={self.center_radius}; expected a positive number or None."
@@ -497,9 +553,8 @@ class FCOSLoss:
 
         loss_cls = sigmoid_focal_loss(class_logits, target_classes, alpha=0.25, gamma=2.0)
         loss_box = BOX_LOSSES[self.box_loss](deltas, targets)  # (B, N, 4) or (B, N, 1)
-        loss_ctr = F.binary_cross_entropy_with_logits(
-            centerness_logits, targets.centerness, reduction="none"
-        )
+        quality = QUALITY_TARGETS[self.quality](deltas, targets)  # (B, N)
+        loss_ctr = F.binary_cross_entropy_with_logits(centerness_logits, quality, reduction="none")
         loss_box = loss_box.masked_fill(background[..., None], 0.0)
         loss_ctr = loss_ctr.masked_fill(background, 0.0)
 
@@ -527,6 +582,12 @@ class FCOSLoss:
         deltas = fcos_get_deltas_from_locations(locations, matched, strides)  # (B, N, 4)
         centerness = fcos_make_centerness_targets(deltas)  # (B, N)
         return LocationTargets(locations, strides, matched, deltas, centerness)
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name}={value!r}; expected {expected}.")
 
 
 # --------------------------------------------------------------------------------------------
@@ -618,11 +679,15 @@ class FCOS(nn.Module):
         weights: see ``DetectorBackboneWithFPN``.
         box_loss: ``"l1"`` on the deltas, or ``"giou"`` on the decoded boxes; ``BOX_LOSSES`` has
             all choices.
+        quality: ``"centerness"``, or ``"iou"`` of the predicted box; ``QUALITY_TARGETS`` has all
+            choices.
         center_radius: see ``fcos_match_locations_to_gt``.
         head_norm: see ``FCOSPredictionNetwork``.
+        head_dropout: likewise.
         level_scales: learn a scale of the deltas for each level.
         frozen_batch_norm: keep the running statistics of the backbone's batch norms in training,
             which batches of few images would only disturb.
+        drop_path_rate: see ``DetectorBackboneWithFPN``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -656,15 +721,20 @@ class FCOS(nn.Module):
         backbone: str = "regnet_x_400mf",
         weights: str | os.PathLike | None = "DEFAULT",
         box_loss: str = "l1",
+        quality: str = "centerness",
         center_radius: float | None = None,
         head_norm: str = "none",
+        head_dropout: float = 0.0,
         level_scales: bool = False,
         frozen_batch_norm: bool = False,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.frozen_batch_norm = frozen_batch_norm
-        self.backbone = DetectorBackboneWithFPN(fpn_channels, backbone=backbone, weights=weights)
+        self.backbone = DetectorBackboneWithFPN(
+            fpn_channels, backbone=backbone, weights=weights, drop_path_rate=drop_path_rate
+        )
         strides = self.backbone.fpn_strides
         self.pred_net = FCOSPredictionNetwork(
             num_classes,
@@ -672,8 +742,9 @@ class FCOS(nn.Module):
             stem_channels,
             norm=head_norm,
             scaled_levels=strides if level_scales else (),
+            dropout=head_dropout,
         )
-        self.criterion = FCOSLoss(strides, box_loss, center_radius)
+        self.criterion = FCOSLoss(strides, box_loss, center_radius, quality)
         self.post_processor = FCOSPostProcessor(strides)
         # Moving average of the foreground locations per image. A buffer, because like the
         # statistics of batch norm it belongs to the state of a training run.

@@ -181,6 +181,29 @@ def test_timm_features_stay_in_place_whatever_the_size_of_the_image():
         assert torch.equal(features[stage], expected[stage][..., :height, :width])
 
 
+def test_stochastic_depth_leaves_out_blocks_in_training_alone():
+    pytest.importorskip("timm")
+    model = DetectorBackboneWithFPN(
+        8, backbone="timm:tf_efficientnet_lite0", weights=None, drop_path_rate=0.9
+    )
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert rates == sorted(rates) and 0.7 < rates[-1] <= 0.9
+    images = torch.rand(1, 3, 32, 32)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    with torch.no_grad():
+        runs = [model(images)["p5"] for _ in range(2)]
+        assert not torch.equal(*runs)
+        model.eval()
+        assert torch.equal(model(images)["p5"], model(images)["p5"])
+
+
+def test_stochastic_depth_needs_a_network_of_timm():
+    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1 is for networks of timm"):
+        DetectorBackboneWithFPN(8, weights=None, drop_path_rate=0.1)
+
+
 def test_unknown_timm_network():
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="timm has no network"):

@@ -53,6 +53,18 @@ def test_head_and_locations_share_one_order():
             assert len(cells) > 0 and offsets.abs().max() <= 1  # a 3x3 convolution reaches so far
 
 
+def test_dropout_drops_whole_channels_before_the_class_logits_alone():
+    head = FCOSPredictionNetwork(1, 4, [], dropout=0.5)
+    nn.init.ones_(head.pred_cls.weight)
+    feats = {"p3": torch.ones(64, 4, 3, 3)}
+    logits, deltas, _ = head(feats)
+    center = logits["p3"][:, 4, 0] + math.log(99)  # 9 pixels of each channel that is kept, doubled
+    assert set(center.round().tolist()) == {0.0, 18.0, 36.0, 54.0, 72.0}
+    assert (deltas["p3"] == deltas["p3"][:1]).all()
+    head.eval()
+    assert head(feats)[0]["p3"][0, 4, 0].item() == pytest.approx(36 - math.log(99), abs=1e-4)
+
+
 def test_head_needs_a_class():
     with pytest.raises(ValueError, match="num_classes=0"):
         FCOSPredictionNetwork(0, 8, [8])

@@ -14,9 +14,12 @@ from eecs598.grad import compute_numeric_gradient, rel_error
 from one_stage_detector import (
     BOX_LOSSES,
     FCOS,
+    QUALITY_TARGETS,
     FCOSLoss,
+    NetworkOutputs,
     fcos_get_deltas_from_locations,
     fcos_match_locations_to_gt,
+    iou_quality,
 )
 from tests.detectors import STRIDES, make_fcos, match_one_by_one, pad
 
@@ -193,6 +196,37 @@ def test_every_box_loss_is_least_at_its_target(name):
             assert (gradient[foreground][:, side] * shift > 0).all()
 
 
+def test_the_quality_is_the_iou_of_the_predicted_box():
+    locations = {"p3": torch.tensor([[12.0, 20.0], [12.0, 20.0], [28.0, 4.0]])}
+    gt_boxes = pad([4, 12, 20, 28, 1])[None]
+    targets = FCOSLoss({"p3": 8}, quality="iou").make_targets(locations, gt_boxes)
+    # In strides: the box itself; its left half; one beside it, of a background location.
+    deltas = torch.tensor([[[1.0, 1, 1, 1], [1, 1, 0, 1], [1, 0, 1, 0]]], requires_grad=True)
+    quality = iou_quality(deltas, targets)
+    assert quality[0, :2].tolist() == [1.0, 0.5]
+    assert quality.isfinite().all() and not quality.requires_grad
+
+
+def test_the_quality_is_learned_in_place_of_centerness():
+    """Where the box is right but the center far, the logit rises; with centerness it falls."""
+    locations = {"p3": torch.tensor([[8.0, 8.0]])}
+    outputs = NetworkOutputs(
+        locations,
+        {"p3": torch.zeros(1, 1, 3)},
+        {"p3": torch.tensor([[[0.5, 0.5, 2.5, 2.5]]])},
+        {"p3": torch.zeros(1, 1, 1, requires_grad=True)},
+    )
+    logits = outputs.centerness_logits["p3"]
+    gradients = {}
+    for quality in QUALITY_TARGETS:
+        criterion = FCOSLoss({"p3": 8}, quality=quality)
+        losses = criterion(outputs, pad([4, 4, 28, 28, 1])[None], torch.tensor(1.0))
+        (gradient,) = torch.autograd.grad(losses["loss_ctr"], logits)
+        gradients[quality] = gradient.item()
+    # sigmoid(0) - target, where the centerness is 1/5.
+    assert gradients == {"centerness": pytest.approx(0.3), "iou": pytest.approx(-0.5)}
+
+
 def test_a_box_loss_is_one_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(BOX_LOSSES, "l2", lambda deltas, targets: (deltas - targets.deltas) ** 2)
     detector = make_fcos(box_loss="l2").train()
@@ -201,7 +235,9 @@ def test_a_box_loss_is_one_entry_of_the_table(monkeypatch):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match='box_loss=\'l2\'; expected "l1" or "giou"'):
+    with pytest.raises(ValueError, match='box_loss=\'l2\'; expected "l1" or "giou" or "diou"'):
         make_fcos(box_loss="l2")
+    with pytest.raises(ValueError, match='quality=\'area\'; expected "centerness" or "iou"'):
+        make_fcos(quality="area")
     with pytest.raises(ValueError, match="center_radius=0"):
         make_fcos(center_radius=0)

@@ -52,6 +52,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     backbone_lr_factor: float = 1.0,
+    decay_all: bool = True,
 ) -> torch.optim.Optimizer:
     """Return an optimizer for those parameters of a model that require gradients.
 
@@ -61,14 +62,15 @@ def make_optimizer(
         learning_rate: of the optimizer.
         weight_decay: of the optimizer.
         backbone_lr_factor: the learning rate of the backbone's parameters is multiplied by it.
+        decay_all: without it, biases and the parameters of norms, which are those with less than
+            two dimensions, have no weight decay (arXiv 1812.01187, section 3.1).
 
     Raises:
         ValueError: another name, or a factor for a model without ``backbone_parameters()``.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r}; expected {_one_of(OPTIMIZERS)}.")
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": parameters}]
+    backbone: set[int] = set()
     if backbone_lr_factor != 1:
         if not isinstance(model, _HasBackbone):
             raise ValueError(
@@ -76,13 +78,20 @@ def make_optimizer(
                 f"backbone_parameters(); {type(model).__name__} has none."
             )
         backbone = {id(p) for p in model.backbone_parameters()}
-        groups = [
-            {"params": [p for p in parameters if id(p) not in backbone]},
-            {
-                "params": [p for p in parameters if id(p) in backbone],
-                "lr": learning_rate * backbone_lr_factor,
-            },
-        ]
+    # (in the backbone, without weight decay) -> parameters. The first group's rate is logged.
+    grouped: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, False): []}
+    for p in model.parameters():
+        if p.requires_grad:
+            key = (id(p) in backbone, not decay_all and p.dim() < 2)
+            grouped.setdefault(key, []).append(p)
+    groups = [
+        {
+            "params": parameters,
+            "lr": learning_rate * (backbone_lr_factor if in_backbone else 1),
+            "weight_decay": 0.0 if undecayed else weight_decay,
+        }
+        for (in_backbone, undecayed), parameters in grouped.items()
+    ]
     # One fused kernel for all parameters; the arithmetic is that of the plain loop.
     return OPTIMIZERS[name](groups, lr=learning_rate, weight_decay=weight_decay, fused=True)
 

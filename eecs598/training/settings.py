@@ -87,11 +87,20 @@ class ModelSettings(_Group):
     stem_channels: tuple[int, ...] = _setting(
         (128, 128), "channels of the head's convolutions", option="stem", at_least=1
     )
-    box_loss: Literal["l1", "giou"] = _setting("l1", "loss of the boxes")
+    box_loss: Literal["l1", "giou", "diou"] = _setting("l1", "loss of the boxes")
+    quality: Literal["centerness", "iou"] = _setting(
+        "centerness", "what the class probability is multiplied with"
+    )
     center_radius: float | None = _setting(None, "center sampling, in strides", above=0)
     head_norm: Literal["none", "group"] = _setting("none", "normalization in the head")
+    head_dropout: float = _setting(
+        0.0, "part of the channels dropped before the class logits", at_least=0, below=1
+    )
     level_scales: bool = _setting(False, "a learned scale of the boxes for each level")
     frozen_batch_norm: bool = _setting(False, "keep the backbone's batch-norm statistics")
+    drop_path_rate: float = _setting(
+        0.0, "stochastic depth of a timm backbone", at_least=0, below=1
+    )
 
     def kwargs(self) -> dict[str, Any]:
         """Return the settings as keyword arguments of ``FCOS``."""
@@ -125,6 +134,7 @@ class OptimizationSettings(_Group):
     learning_rate: float = _setting(8e-3, "learning rate", option="lr", above=0)
     backbone_lr_factor: float = _setting(1.0, "times lr for the backbone's own layers", above=0)
     weight_decay: float = _setting(1e-4, "weight decay", at_least=0)
+    decay_all: bool = _setting(True, "weight decay on biases and norms, too")
     schedule: Literal["step", "cosine"] = _setting("step", "/ 10 after 60 and 90 %%, or down to 0")
     warmup_iters: int = _setting(0, "steps in which the learning rate rises", at_least=0)
     max_grad_norm: float | None = _setting(None, "clip gradients at this norm", above=0)

@@ -23,6 +23,26 @@ def test_the_backbone_learns_more_slowly():
     assert optimizer.param_groups[0]["lr"] == 0.5  # the one that is logged
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_biases_and_norms_without_weight_decay(factor):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 3))
+    model.backbone_parameters = lambda: [*model[0].parameters(), *model[1].parameters()]
+    optimizer = make_optimizer(model, "adamw", 0.5, 0.3, factor, decay_all=False)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    names = dict(model.named_parameters())
+    assert {name: decays[id(p)] for name, p in names.items()} == {
+        "0.weight": 0.3,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "2.weight": 0.3,
+        "2.bias": 0.0,
+    }
+    assert rates[id(model[1].bias)] == pytest.approx(0.5 * factor)
+    assert rates[id(model[2].bias)] == 0.5
+
+
 def test_a_model_that_does_not_tell_its_backbone():
     with pytest.raises(ValueError, match=r"backbone_lr_factor=0\.1 .*Linear has none"):
         make_optimizer(nn.Linear(1, 1), "sgd", 0.5, 0.0, backbone_lr_factor=0.1)

@@ -24,7 +24,7 @@ from eecs598.training.settings import (
     Settings,
     from_recipe,
 )
-from one_stage_detector import BOX_LOSSES, FCOS, FCOSPredictionNetwork
+from one_stage_detector import BOX_LOSSES, FCOS, QUALITY_TARGETS, FCOSPredictionNetwork
 
 
 def find(name: str) -> Setting:
@@ -86,6 +86,7 @@ def test_the_choices_of_a_setting_are_what_is_implemented():
     assert find("schedule").choices == tuple(SCHEDULES)
     assert find("augment").choices == AUGMENTATIONS
     assert find("box_loss").choices == tuple(BOX_LOSSES)
+    assert find("quality").choices == tuple(QUALITY_TARGETS)
     for name in find("amp").choices:
         network_dtype(torch.device("cpu"), name)
     for name in find("head_norm").choices:
