@@ -29,9 +29,6 @@ FILL = (124, 116, 104)
 # has that length, so a photograph of 4 to 3 is seen there at a scale of 1.33.
 ZOOM_RANGE = (0.8, 2.0)
 
-# Objects of which less is left after cropping lose their box; in pixels of the result.
-MIN_BOX_SIDE = 4.0
-
 MOSAIC_PROBABILITY = 0.5
 
 Target = dict[str, Tensor]  # "boxes" (M, 4) as ``tv_tensors.BoundingBoxes``, "labels" (M,)
@@ -107,7 +104,7 @@ class Augmentation:
 
         Returns:
             The pixels ``(3, side, side)`` in uint8 and the boxes ``(M, 5)``: x1, y1, x2, y2, class
-            id.
+            id. As without augmentation, an object keeps its box as long as anything of it is left.
         """
         parts = [_to_tv_tensors(pixels, boxes[:, :4], boxes[:, 4]) for pixels, boxes in images]
         whole, whole_target = parts[0] if len(parts) == 1 else _mosaic(parts, side)
@@ -115,7 +112,8 @@ class Augmentation:
         pixels, target = v2.Compose(transforms)(whole, whole_target)
         boxes = target["boxes"].as_subclass(Tensor)
         boxes = torch.cat([boxes, target["labels"][:, None]], dim=1)
-        return pixels.as_subclass(Tensor), boxes
+        is_left = (boxes[:, 2:4] > boxes[:, :2]).all(dim=1)  # crops clip the boxes
+        return pixels.as_subclass(Tensor), boxes[is_left]
 
     def _transforms(self, size: Sequence[int], side: int) -> list[v2.Transform]:
         """Return the transforms in their order, for an image of ``size`` (height, width)."""
@@ -129,7 +127,6 @@ class Augmentation:
             transforms.append(v2.RandomCrop(side, pad_if_needed=True, fill=FILL))
         else:
             transforms += [v2.Resize(side), v2.CenterCrop(side)]
-        transforms.append(v2.SanitizeBoundingBoxes(min_size=MIN_BOX_SIDE))
         if "flip" in self.names:
             transforms.append(v2.RandomHorizontalFlip())
         if "photometric" in self.names:  # Pillow is faster at colors than PyTorch
@@ -141,7 +138,7 @@ def _mosaic(parts: Sequence[tuple[Tensor, Target]], side: int) -> tuple[Tensor, 
     """Make four images the quarters of one, each cut to a square of ``side`` pixels."""
     whole = torch.empty(3, 2 * side, 2 * side, dtype=torch.uint8)
     boxes, labels = [], []
-    to_square = v2.Compose([v2.Resize(side), v2.RandomCrop(side), v2.SanitizeBoundingBoxes()])
+    to_square = v2.Compose([v2.Resize(side), v2.RandomCrop(side)])
     for number, part in enumerate(parts):
         pixels, target = to_square(*part)
         left, top = side * (number % 2), side * (number // 2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,8 +59,9 @@ _UNREADABLE_SUFFIXES = frozenset({".heic", ".heif"})
 MAX_ASPECT = 50
 
 # Pillow refuses images above 179 megapixels, since a small file can unpack to any size. It also
-# warns above 89, which ordinary photographs reach by now.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# warns above 89, which ordinary photographs reach by now; these have at least this many bytes.
+_PHOTOGRAPH_BYTES = 2**20
+_warnings_lock = threading.Lock()  # warnings.catch_warnings is not made for several threads
 
 
 def find_images(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -146,10 +148,20 @@ def stored_size(path: str | os.PathLike) -> tuple[int, int]:
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     Image.init()
     try:
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with _opened_quietly(path) as image:
             yield image
     except Exception as error:  # on damaged files, decoders raise errors of any kind
         raise ValueError(f"{path} can't be read as an image: {_reason(path, error)}") from error
+
+
+def _opened_quietly(path: str | os.PathLike) -> Image.Image:
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    # Python forgets at catch_warnings which warnings were shown already, so not for every file.
+    if os.path.getsize(path) < _PHOTOGRAPH_BYTES:
+        return Image.open(path, formats=formats)
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=formats)
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:

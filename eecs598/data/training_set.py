@@ -91,10 +91,16 @@ class AnnotatedImages:
             return self.cache.get(index, lambda: _decode(path)), boxes.clone()
         return _decode(path), boxes.clone()
 
-    def resized(self, index: int) -> tuple[Tensor, Tensor]:
-        """Load an image with a shorter side of ``image_size`` pixels; otherwise as ``original``."""
+    def resized(self, index: int, side: int | None = None) -> tuple[Tensor, Tensor]:
+        """Load an image with a shorter side of ``side`` pixels; otherwise as ``original``.
+
+        Args:
+            index: of the image.
+            side: ``image_size`` unless given.
+        """
+        side = side or self.image_size
         path, boxes = self.instances[index].path, self._boxes[index]
-        if self.cache is not None and not self._cache_originals:
+        if self.cache is not None and not self._cache_originals and side == self.image_size:
             stored_height, stored_width = self._stored_sizes[index]
             pixels = self.cache.get(
                 index, lambda: resize_shorter_side(_decode(path), self.image_size)
@@ -102,7 +108,7 @@ class AnnotatedImages:
         else:
             original, _ = self.original(index)
             stored_height, stored_width = original.shape[1:]
-            pixels = resize_shorter_side(original, self.image_size)
+            pixels = resize_shorter_side(original, side)
         height, width = pixels.shape[1:]
         scale_y, scale_x = height / stored_height, width / stored_width
         return pixels, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y, 1.0])
@@ -119,8 +125,8 @@ class TrainingSet(Dataset[Item]):
     Args:
         instances: the index, see ``eecs598.data.load_instances``.
         image_size: usual side of the square training images, in pixels.
-        augment: names of augmentations, see ``Augmentation``. Without any, an image of the usual
-            size is resized and its center is cut out.
+        augment: names of augmentations, see ``Augmentation``. Without any, an image is resized and
+            its center is cut out.
         image_sizes: the sizes that the sampler chooses from, where batches differ in size.
         cache: keep decoded images in memory, see ``AnnotatedImages``.
         max_cache_bytes: limit of the cache.
@@ -162,11 +168,12 @@ class TrainingSet(Dataset[Item]):
         Returns:
             The path of its file (in a mosaic, that of the first of the four); the normalized
             pixels ``(3, S, S)``, float32, S being the size that the sample asks for; the boxes
-            ``(M, 5)`` as x1, y1, x2, y2 in pixels and class id, padded with rows of -1.
+            ``(M, 5)`` as x1, y1, x2, y2 in pixels and class id, padded with rows of -1. Whatever
+            the size and the augmentations, an object has a box as long as anything of it is left.
         """
         side = sample.image_size or self.image_size
-        if not self.augmentation.names and side == self.image_size:
-            pixels, boxes = crop_center(*self.images.resized(sample.index))
+        if not self.augmentation.names:
+            pixels, boxes = crop_center(*self.images.resized(sample.index, side))
         else:
             with local_seed(sample.seed):
                 indices = self.augmentation.choose_images(sample.index, len(self))

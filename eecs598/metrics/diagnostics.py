@@ -117,12 +117,17 @@ def find_diagnostics(matches: Matches, image_sizes: Sequence[tuple[int, int]]) -
 # --------------------------------------------------------------------------------------------
 
 
-def find_broken_numbers(predictions: Sequence[Mapping[str, Any]]) -> list[Diagnostic]:
-    """Look for scores and boxes that can't be matched: NaN, infinite, or with swapped corners.
+def find_broken_numbers(
+    predictions: Sequence[Mapping[str, Any]], num_classes: int
+) -> list[Diagnostic]:
+    """Look for what can't be matched: scores, boxes and labels that no detection can have.
+
+    Scores and boxes may be NaN or infinite, corners swapped, labels out of range.
 
     Args:
         predictions: one mapping per image, of tensors or arrays ``boxes`` (K, 4) XYXY in pixels,
             ``labels`` (K,) and ``scores`` (K,).
+        num_classes: the number of classes, C.
 
     Raises:
         ValueError: the tensors of an image do not fit together.
@@ -131,7 +136,27 @@ def find_broken_numbers(predictions: Sequence[Mapping[str, Any]]) -> list[Diagno
         check_shapes(prediction, f"predictions[{index}]", ("scores",))
     scores = concatenate([prediction["scores"] for prediction in predictions])
     boxes = concatenate([prediction["boxes"] for prediction in predictions]).reshape(-1, 4)
-    return _broken_numbers(scores, boxes)
+    labels = concatenate([prediction["labels"] for prediction in predictions])
+    return [*_broken_numbers(scores, boxes), *_broken_labels(labels, num_classes)]
+
+
+def _broken_labels(labels: np.ndarray, num_classes: int) -> list[Diagnostic]:
+    # A comparison with NaN is false, so this counts NaN, too.
+    good = (labels >= 0) & (labels < num_classes) & (labels == np.round(labels))
+    if good.all():
+        return []
+    wrong = ", ".join(f"{label:g}" for label in np.unique(labels[~good])[:5])
+    return [
+        Diagnostic(
+            "impossible_labels",
+            f"{(~good).sum()} of {len(labels)} labels are none of 0..{num_classes - 1}, the ids of "
+            f"{num_classes} classes, for example {wrong}. Usual causes: rows of padding (-1) that "
+            "are kept, a background class that is counted as an id, ids that begin with 1, the "
+            "category ids of COCO, which have gaps, a detector of other classes. Check how the "
+            "best class of a prediction becomes its label.",
+            "error",
+        )
+    ]
 
 
 def _broken_numbers(scores: np.ndarray, boxes: np.ndarray) -> list[Diagnostic]:

@@ -88,7 +88,8 @@ def analyze(evaluation: Evaluation) -> Analysis:
         matches = evaluation.matches
     except ValueError as error:
         # Such numbers have no metrics, but a diagnostic may explain where they come from.
-        reasons = [broken.message for broken in find_broken_numbers(evaluation.predictions)]
+        broken = find_broken_numbers(evaluation.predictions, len(evaluation.class_names))
+        reasons = [diagnostic.message for diagnostic in broken]
         raise ValueError("\n".join([str(error), *reasons])) from error
     metrics = score_matches(matches)
     curves, overall = precision_recall_curves(matches), precision_recall(matches)

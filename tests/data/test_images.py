@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -210,6 +211,19 @@ def test_broken_files_are_named_with_the_reason(tmp_path):
     for name, reason in write_broken(tmp_path).items():
         with pytest.raises(ValueError, match=f"{name} can't be read as an image: .*({reason})"):
             read_image(tmp_path / name)
+
+
+def test_photographs_of_90_megapixels_set_off_no_warning_and_hide_no_others(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "large.png"
+    Image.fromarray(rng.integers(0, 256, (640, 640, 3), dtype=np.uint8)).save(path)
+    assert path.stat().st_size > 2**20
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 640 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored_size(path) == (640, 640)
+        with pytest.raises(Image.DecompressionBombWarning):  # of other code in this process
+            Image.open(path)
 
 
 def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from a4_helper import VOC2007DetectionTiny
 from eecs598.data import training_set
@@ -105,6 +106,34 @@ def test_crop_center():
     square, cropped = crop_center(pixels, boxes)
     assert torch.equal(square, pixels[:, :, 20:40])
     assert cropped.tolist() == [[0, 0, 5, 20, 1], [10, 5, 20, 9, 0], [-1] * 5]
+
+
+@pytest.mark.parametrize("augment", [(), ("flip",), ("photometric",)])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_small_object_stays_at_every_size(voc_folder, augment, cache):
+    """One rule for all: an object of 3 px has its box, one of which nothing is left has none."""
+    picture = Image.new("RGB", (160, 64))
+    objects = [("cube", 60, 30, 63, 33), ("dice", 3, 3, 40, 40), ("cube", 110, 8, 150, 20)]
+    folder = voc_folder({"train": {"a": (picture, objects)}})
+    instances = load_instances(folder, "train", CLASSES)
+    items = TrainingSet(instances, 64, augment, image_sizes=(32, 64, 96), cache=cache)
+    for side, whole in ((32, 1.5), (64, 3), (96, 4.5), (None, 3)):
+        boxes = items[Sample(0, 5, side)][2]
+        boxes = boxes[boxes[:, 4] >= 0]
+        width, height = (boxes[:, 2:4] - boxes[:, :2]).T.tolist()
+        # The crop of 64 x 64 in the center begins at x = 48 and cuts the third object at 112.
+        assert width == pytest.approx([whole, whole * 2 / 3]) and height[0] == whole
+        assert boxes[:, 4].tolist() == [0, 0]
+
+
+def test_augmentations_keep_what_is_left_of_an_object(instances):
+    """Of all boxes, also those of mosaics and random crops, none is empty or outside."""
+    items = TrainingSet(instances, 64, AUGMENTATIONS)
+    for seed in range(40):
+        boxes = items[Sample(seed % 8, seed, None)][2]
+        boxes = boxes[boxes[:, 4] >= 0]
+        assert (boxes[:, 2:4] > boxes[:, :2]).all()
+        assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all()
 
 
 def test_make_item_pads():

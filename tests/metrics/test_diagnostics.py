@@ -126,10 +126,10 @@ def test_boxes_that_cannot_be_matched(move, broken):
     wrong = moved(predictions, sizes, move)
     with pytest.raises(ValueError, match="has the box"):
         match_detections(wrong, targets, CLASSES)
-    (found,) = find_broken_numbers(wrong)
+    (found,) = find_broken_numbers(wrong, len(CLASSES))
     assert found.name == "impossible_boxes" and found.severity == "error"
     assert re.match(broken, found.message)
-    assert find_broken_numbers(predictions) == find_broken_numbers([]) == []
+    assert find_broken_numbers(predictions, len(CLASSES)) == find_broken_numbers([], 1) == []
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,27 @@ def test_scores_and_classes(change, expected):
 
 def test_scores_that_cannot_be_matched():
     predictions, _, _ = made_up(0)
-    (found,) = find_broken_numbers([scaled_scores(p, math.nan) for p in predictions])
+    (found,) = find_broken_numbers([scaled_scores(p, math.nan) for p in predictions], len(CLASSES))
     count = sum(len(prediction["scores"]) for prediction in predictions)
     assert found.name == "impossible_scores"
     assert found.message.startswith(f"{count} of {count} scores are NaN or infinite, and 0 are")
+
+
+@pytest.mark.parametrize(
+    "wrong, example",
+    [(-1, "-1"), (len(CLASSES), str(len(CLASSES))), (0.5, "0.5"), (math.nan, "nan")],
+)
+def test_labels_that_cannot_be_matched(wrong, example):
+    predictions, targets, _ = made_up(0)
+    labels = predictions[0]["labels"].tolist()
+    predictions[0]["labels"] = torch.tensor([wrong, *labels[1:]])
+    with pytest.raises(ValueError, match="has the label"):
+        match_detections(predictions, targets, CLASSES)
+    (found,) = find_broken_numbers(predictions, len(CLASSES))
+    assert found.name == "impossible_labels" and found.severity == "error"
+    count = sum(len(prediction["labels"]) for prediction in predictions)
+    assert found.message.startswith(f"1 of {count} labels are none of 0..{len(CLASSES) - 1}, the")
+    assert f"for example {example}." in found.message
 
 
 def test_messages_have_numbers_and_come_in_order():
@@ -208,7 +225,7 @@ def test_input_that_does_not_fit_together():
         diagnostics(predictions, targets, sizes[:2])
     predictions[1]["labels"] = predictions[1]["labels"][:-1]
     with pytest.raises(ValueError, match=r"predictions\[1\]\['labels'\] must have shape"):
-        find_broken_numbers(predictions)
+        find_broken_numbers(predictions, len(CLASSES))
     assert diagnostics([], [], []) == []
 
 

@@ -167,3 +167,10 @@ def test_numbers_that_are_none_are_explained(tmp_path):
     evaluation.predictions[0]["scores"][1] = math.nan
     with pytest.raises(ValueError, match="(?s)must be finite.*NaN"):
         analyze(evaluation)
+
+
+def test_labels_out_of_range_are_explained(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    evaluation.predictions[0]["labels"][1] = 90
+    with pytest.raises(ValueError, match=r"(?s)the label 90.*1 of \d+ labels are none of 0\."):
+        analyze(evaluation)
