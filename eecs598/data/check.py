@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from eecs598.data import coco, voc
-from eecs598.data.images import read_image
+from eecs598.data.images import orientation_of, read_image, shows_upright
 from eecs598.data.index import data_layout
 
 __all__ = ["DataReport", "Problem", "SplitSummary", "check_data", "format_report"]
@@ -34,8 +33,6 @@ TINY_SIDE = 4.0
 # How far a box may leave the image, in pixels of the file: rounding, and counting from 0 or from 1.
 OVERHANG = 1.0
 EXAMPLES = 3  # files shown for each problem
-
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 swap width and height
 
 # The kinds of problems: level, description, advice. An error stops training or teaches the detector
 # something wrong; a warning may be intended. Reports keep this order.
@@ -61,17 +58,11 @@ _KINDS = {
         "image files that can't be decoded",
         "Training stops at them: copy or download them again, or take them off the list.",
     ),
-    "rotated": (
-        "error",
-        "photographs turned by EXIF, with boxes for the turned picture",
-        "Training reads pixels as they are stored, so these boxes miss the objects: turn the files "
-        "themselves, for example with ImageMagick's `mogrify -auto-orient`.",
-    ),
     "size": (
         "error",
         "images of another size than their annotation says",
-        "The boxes belong to a picture of another size: use the images that were annotated, or "
-        "scale the boxes.",
+        "Training stops at them: the boxes belong to a picture of another size. Use the images "
+        "that were annotated, or correct the annotations.",
     ),
     "outside": (
         "error",
@@ -110,8 +101,9 @@ _KINDS = {
     "orientation": (
         "warning",
         "photographs with an EXIF orientation",
-        "Training reads pixels as they are stored, and it is not known whether the boxes are meant "
-        "for these: look at one of them, or turn the files themselves.",
+        "The annotations do not say whether the boxes are for the pixels as they are stored, which "
+        "is how training reads these files: look at one of them, or turn the files themselves, for "
+        "example with ImageMagick's `mogrify -auto-orient`.",
     ),
     "twice": (
         "warning",
@@ -265,7 +257,10 @@ class _Entry:
 
 @dataclass
 class _File:
-    """One image file: its size and EXIF orientation, or why it can't be read."""
+    """One image file: its size and EXIF orientation, or why it can't be read.
+
+    The size is at first that of the stored pixels, then that of the picture that the boxes are for.
+    """
 
     size: tuple[int, int] | None = None
     orientation: int = 1
@@ -341,18 +336,11 @@ def _read_file(path: Path) -> _File:
     if not os.path.isfile(path):
         return _File(fault=("missing", "missing"))
     try:
-        image = read_image(path, upright=False)  # as in training
+        image = read_image(path, upright=False)
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     except (ValueError, OSError) as error:
         return _File(fault=("unreadable", str(error).split(" can't be read as an image: ")[-1]))
-    return _File((image.height, image.width), _orientation(image), digest)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF data is harmless: training does not read it
-        return 1
+    return _File((image.height, image.width), orientation_of(image), digest)
 
 
 # ---------------------------------------------------------------------------------------
@@ -367,13 +355,19 @@ def _check_image(found: _Findings, entry: _Entry, file: _File) -> None:
         found.add(kind, f"{name}: {reason}")
     if file.size is None:
         return
-    sizes = f"{name}: {_by(file.size)} in the file"
-    if entry.size is not None and entry.size != file.size:
-        turned = file.orientation in (5, 6, 7, 8) and entry.size == file.size[::-1]
-        found.add("rotated" if turned else "size", f"{sizes}, {_by(entry.size)} in the annotation")
-    elif file.orientation in range(2, 9):
+    stored = file.size
+    try:
+        if shows_upright(entry.path, stored, file.orientation, entry.size):
+            file.size = entry.size
+            return
+    except ValueError:
+        assert entry.size is not None  # an image without one is never refused
+        sizes = f"{_by(stored)} in the file, {_by(entry.size)} in the annotation"
+        found.add("size", f"{name}: {sizes}")
+        return
+    if file.orientation in range(2, 9):
         # A size that would differ in the turned image shows that the boxes are for the stored one.
-        is_clear = file.orientation >= 5 and file.size[0] != file.size[1]
+        is_clear = file.orientation >= 5 and stored[0] != stored[1]
         if entry.size is None or not is_clear:
             found.add("orientation", f"{name}: orientation {file.orientation}")
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
@@ -33,12 +33,15 @@ __all__ = [
     "IMAGENET_STD",
     "ImageFiles",
     "LoadedImage",
+    "annotated_size",
     "find_images",
     "normalize",
+    "orientation_of",
+    "read_annotated_image",
     "read_image",
+    "shows_upright",
     "resize_shorter_side",
     "resized_size",
-    "stored_size",
     "to_pixels",
     "unnormalize",
 ]
@@ -122,8 +125,8 @@ def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
 
     Args:
         path: of the file.
-        upright: turn the image as its EXIF orientation says, as every viewer does. The boxes of a
-            data set, however, are usually those of the pixels as they are stored.
+        upright: turn the image as its EXIF orientation says, as every viewer does. For images with
+            boxes there is ``read_annotated_image``.
 
     Raises:
         ValueError: the file can't be read, the image is too large, or the range of its values is
@@ -134,14 +137,73 @@ def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
         return _to_rgb(_turned_upright(image) if upright else image)
 
 
-def stored_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Return height and width of an image file as stored, reading no more than its header.
+def read_annotated_image(path: str | os.PathLike, annotated: tuple[int, int] | None) -> Image.Image:
+    """Read a file as ``read_image``, in the orientation that its boxes were drawn in.
+
+    Args:
+        path: of the file.
+        annotated: height and width that the annotation gives, see ``shows_upright``.
 
     Raises:
-        ValueError: as ``read_image``.
+        ValueError: as ``read_image`` and ``shows_upright``.
+    """
+    image = read_image(path, upright=False)
+    stored = image.height, image.width
+    if annotated in (None, stored):  # the usual case, without a look at EXIF
+        return image
+    is_upright = shows_upright(path, stored, orientation_of(image), annotated)
+    return _turned_upright(image) if is_upright else image
+
+
+def annotated_size(path: str | os.PathLike, annotated: tuple[int, int] | None) -> tuple[int, int]:
+    """Return height and width of what ``read_annotated_image`` reads, from the file's header.
+
+    Raises:
+        ValueError: as ``read_annotated_image``, but pixels are not looked at.
     """
     with _opened(path) as image:
-        return image.height, image.width
+        stored = image.height, image.width
+        orientation = 1 if annotated in (None, stored) else orientation_of(image)
+    return stored[::-1] if shows_upright(path, stored, orientation, annotated) else stored
+
+
+def shows_upright(
+    path: str | os.PathLike,
+    stored: tuple[int, int],
+    orientation: int,
+    annotated: tuple[int, int] | None,
+) -> bool:
+    """Return whether the boxes of an image are those of the picture turned upright by EXIF.
+
+    The size in the annotation decides. Without one, and where both pictures have it, the boxes are
+    those of the pixels as they are stored.
+
+    Args:
+        path: of the image file, for the message.
+        stored: height and width of the stored pixels.
+        orientation: of EXIF; 5 to 8 swap width and height.
+        annotated: height and width that the annotation gives, if any.
+
+    Raises:
+        ValueError: the annotation is for a picture of another size.
+    """
+    if annotated in (None, stored):
+        return False
+    if orientation in range(5, 9) and annotated == stored[::-1]:
+        return True
+    height, width = annotated
+    raise ValueError(
+        f"{path} has {stored[1]} x {stored[0]} pixels, but its annotation is for {width} x {height}"
+        ", so its boxes are elsewhere; use the image that was annotated, or correct the annotation."
+    )
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF data; the pixels may still be good
+        return 1
 
 
 @contextlib.contextmanager

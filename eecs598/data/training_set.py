@@ -7,6 +7,7 @@ and pads its boxes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from torch.utils.data import Dataset
 from eecs598.data.augment import Augmentation, local_seed
 from eecs598.data.image_cache import ImageCache
 from eecs598.data.images import (
+    annotated_size,
     normalize,
-    read_image,
+    read_annotated_image,
     resize_shorter_side,
     resized_size,
-    stored_size,
     to_pixels,
 )
 from eecs598.data.index import Instance
@@ -66,8 +67,7 @@ class AnnotatedImages:
         self.cache: ImageCache | None = None
         self._cache_originals = cache_originals
         if cache:
-            self._stored_sizes = [stored_size(instance.path) for instance in self.instances]
-            sizes = self._stored_sizes
+            sizes = self.sizes
             if not cache_originals:
                 sizes = [resized_size(*size, image_size) for size in sizes]
             self.cache = ImageCache(sizes, max_cache_bytes)
@@ -76,20 +76,29 @@ class AnnotatedImages:
     def __len__(self) -> int:
         return len(self.instances)
 
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of every original, read from the files' headers at the first use.
+
+        Raises:
+            ValueError: a file can't be read, or has another size than its annotation says.
+        """
+        return [annotated_size(instance.path, instance.size) for instance in self.instances]
+
     def original(self, index: int) -> tuple[Tensor, Tensor]:
-        """Load an image at the size of its file.
+        """Load an image at the size of its file, turned upright where its boxes are for that.
 
         Returns:
             The pixels ``(3, H, W)`` in uint8, RGB, which must not be modified, and the boxes
             ``(M, 5)`` in these pixels: x1, y1, x2, y2, class id.
 
         Raises:
-            ValueError: the file can't be read.
+            ValueError: the file can't be read, or has another size than its annotation says.
         """
-        path, boxes = self.instances[index].path, self._boxes[index]
+        instance, boxes = self.instances[index], self._boxes[index]
         if self.cache is not None and self._cache_originals:
-            return self.cache.get(index, lambda: _decode(path)), boxes.clone()
-        return _decode(path), boxes.clone()
+            return self.cache.get(index, lambda: _decode(instance)), boxes.clone()
+        return _decode(instance), boxes.clone()
 
     def resized(self, index: int, side: int | None = None) -> tuple[Tensor, Tensor]:
         """Load an image with a shorter side of ``side`` pixels; otherwise as ``original``.
@@ -99,24 +108,24 @@ class AnnotatedImages:
             side: ``image_size`` unless given.
         """
         side = side or self.image_size
-        path, boxes = self.instances[index].path, self._boxes[index]
+        boxes = self._boxes[index]
         if self.cache is not None and not self._cache_originals and side == self.image_size:
-            stored_height, stored_width = self._stored_sizes[index]
+            instance = self.instances[index]
+            original_height, original_width = self.sizes[index]
             pixels = self.cache.get(
-                index, lambda: resize_shorter_side(_decode(path), self.image_size)
+                index, lambda: resize_shorter_side(_decode(instance), self.image_size)
             )
         else:
             original, _ = self.original(index)
-            stored_height, stored_width = original.shape[1:]
+            original_height, original_width = original.shape[1:]
             pixels = resize_shorter_side(original, side)
         height, width = pixels.shape[1:]
-        scale_y, scale_x = height / stored_height, width / stored_width
+        scale_y, scale_x = height / original_height, width / original_width
         return pixels, boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y, 1.0])
 
 
-def _decode(path: Path) -> Tensor:
-    # The boxes are those of the pixels as they are stored.
-    return to_pixels(read_image(path, upright=False))
+def _decode(instance: Instance) -> Tensor:
+    return to_pixels(read_annotated_image(instance.path, instance.size))
 
 
 class TrainingSet(Dataset[Item]):

@@ -180,10 +180,18 @@ FAULTS = [
     ),
     ("size", "error", "t0.jpg: 96 x 64 in the file, 64 x 96 in", lambda r: swap_size(r, "t0")),
     (
-        "rotated",
+        "size",
         "error",
         "t0.jpg: 96 x 64 in the file, 64 x 96 in",
-        lambda r: swap_size(r, "t0") or turn(r, "t0", TURNED),
+        lambda r: swap_size(r, "t0") or turn(r, "t0", 3),  # still 96 wide when turned
+    ),
+    (
+        "leaves",
+        "warning",
+        "cube [5, 5, 80, 40] in 64 x 96",  # of the turned picture, to which the boxes belong
+        lambda r: (
+            swap_size(r, "t0") or turn(r, "t0", TURNED) or add_object(r, "t0", "cube", 5, 5, 80, 40)
+        ),
     ),
     ("orientation", "warning", "t0.jpg: orientation 3", lambda r: turn(r, "t0", 3)),
     (
@@ -269,6 +277,7 @@ def test_fault(voc, kind, level, says, damage):
         lambda r: add_object(r, "t0", "dice", 8, 8, 40, 40),  # another class may have the same box
         lambda r: turn(r, "t0", UPRIGHT),
         lambda r: turn(r, "t0", TURNED),  # the annotation's size is that of the pixels as stored
+        lambda r: swap_size(r, "t0") or turn(r, "t0", TURNED),  # that of the upright picture
         lambda r: change(r, "t0", "<size>", "<shape>") or change(r, "t0", "</size>", "</shape>"),
         lambda r: shutil.copy(image(r, "t0"), image(r, "t1")),  # within one split
     ],

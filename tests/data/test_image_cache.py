@@ -80,10 +80,10 @@ def test_workers_share_it(small_voc, monkeypatch, tmp_path):
     first = [image for _, image, _ in loader]
     assert len(dataset.images.cache) == len(dataset)
 
-    def refuse(path: Path, **_: object) -> None:
+    def refuse(path: Path, *_: object) -> None:
         raise AssertionError(f"{path} is read again")
 
-    monkeypatch.setattr("eecs598.data.training_set.read_image", refuse)
+    monkeypatch.setattr("eecs598.data.training_set.read_annotated_image", refuse)
     for image, (_, again, _) in zip(first, loader, strict=True):
         assert torch.equal(image, again)
 

@@ -16,11 +16,12 @@ from PIL import Image
 from a4_helper import VOC2007DetectionTiny
 from eecs598.data.images import (
     ImageFiles,
+    annotated_size,
     find_images,
     normalize,
+    read_annotated_image,
     read_image,
     resize_shorter_side,
-    stored_size,
     to_pixels,
 )
 
@@ -160,6 +161,25 @@ def test_exif_orientation(tmp_path, orientation):
     assert mean_difference(read_image(tmp_path / "x.jpg", upright=False), stored) < 3
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_the_annotations_size_decides_whether_a_photograph_is_turned(tmp_path, orientation, suffix):
+    path, exif = tmp_path / f"x.{suffix}", Image.Exif()
+    exif[0x0112] = orientation
+    stored = quarters().transpose(TURNS[orientation])
+    stored.save(path, exif=exif, quality=95)
+    for size in (None, (stored.height, stored.width)):
+        assert mean_difference(read_annotated_image(path, size), stored) < 3
+        assert annotated_size(path, size) == (stored.height, stored.width)
+    if orientation >= 5:  # quarters() is HEIGHT x WIDTH, what is stored the other way round
+        assert mean_difference(read_annotated_image(path, (HEIGHT, WIDTH)), quarters()) < 3
+        assert annotated_size(path, (HEIGHT, WIDTH)) == (HEIGHT, WIDTH)
+    swapped = (stored.height, stored.width + 1) if orientation >= 5 else (WIDTH, HEIGHT)
+    for function in (read_annotated_image, annotated_size):
+        with pytest.raises(ValueError, match=rf"x\.{suffix} has .* pixels, but its annotation is"):
+            function(path, swapped)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_is_no_reason_to_give_up(tmp_path):
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 20
@@ -232,7 +252,7 @@ def test_items_of_a_data_set_and_of_files_are_the_same(small_voc):
     for (path, pixels, _), item in zip(dataset, ImageFiles(paths, 48), strict=True):
         assert str(item.path) == path and item.error is None
         assert torch.equal(item.pixels, pixels)
-        assert (item.height, item.width) == stored_size(path)
+        assert (item.height, item.width) == annotated_size(path, None)
 
 
 def test_resize_and_normalization():

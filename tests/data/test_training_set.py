@@ -64,10 +64,10 @@ def test_items_from_the_cache_are_the_same_and_no_file_is_read_twice(
         assert_same(cached[sample], item)
     assert len(cached.images.cache) == len(instances)
 
-    def refuse(path: Path, **_: object) -> None:
+    def refuse(path: Path, *_: object) -> None:
         raise AssertionError(f"{path} is read again")
 
-    monkeypatch.setattr(training_set, "read_image", refuse)
+    monkeypatch.setattr(training_set, "read_annotated_image", refuse)
     for sample, item in zip(samples, first, strict=True):
         assert_same(cached[sample], item)
 
@@ -143,3 +143,30 @@ def test_make_item_pads():
     )
     assert path == "a.jpg" and image.shape == (3, 4, 5)
     assert padded.tolist() == [[1, 2, 3, 4, 0], [-1] * 5, [-1] * 5]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("augment", [(), ("zoom",)])
+def test_a_photograph_turned_by_exif_is_upright_where_its_boxes_are(tmp_path, augment, cache):
+    """The white object, in the upper left of the upright picture, is under its box."""
+    picture = Image.new("RGB", (64, 96))
+    picture.paste((255, 255, 255), (8, 8, 40, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right by a quarter
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
+    boxes, ordinary = torch.tensor([[8.0, 8, 40, 40, 0]]), torch.tensor([False])
+    instance = Instance(tmp_path / "x.png", boxes, ordinary, (96, 64))
+    images = TrainingSet([instance], 64, augment, cache=cache).images
+    for pixels, found in (images.original(0), images.resized(0)):
+        assert pixels.shape == (3, 96, 64) and found[0, :4].tolist() == [8, 8, 40, 40]
+        assert (pixels[:, 8:40, 8:40] == 255).all() and pixels.sum() == 3 * 255 * 32 * 32
+
+
+def test_an_image_of_another_size_than_its_annotation_says_is_refused(small_voc, instances):
+    instances[1] = instances[1]._replace(size=(64, 97))
+    path = str(instances[1].path)
+    with pytest.raises(ValueError, match="but its annotation is for 97 x 64") as caught:
+        TrainingSet(instances, 64)[Sample(1, 0, None)]
+    assert path in str(caught.value)
+    with pytest.raises(ValueError, match="but its annotation is for 97 x 64"):
+        TrainingSet(instances, 64, cache=True)
