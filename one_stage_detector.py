@@ -27,12 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import (
-    clip_boxes_to_image,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
-    sigmoid_focal_loss,
-)
+from torchvision.ops import clip_boxes_to_image, sigmoid_focal_loss
 
 from common import (
     DetectorBackboneWithFPN,
@@ -68,6 +63,7 @@ DEFAULT_NMS_THRESH = 0.6
 
 # Losses of decoded boxes are weighted by centerness, which is about 0.4 on average.
 DECODED_BOX_WEIGHT = 2.0
+IOU_EPS = 1e-7  # in square pixels, so that empty boxes do not divide by 0
 
 GROUP_NORM_GROUPS = 32
 
@@ -433,24 +429,62 @@ def l1_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
 
 def giou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
     """Return 1 - GIoU of the decoded boxes, ``(B, N, 1)`` (arXiv 1902.09630, algorithm 2)."""
-    return _decoded_box_loss(generalized_box_iou_loss, deltas, targets)
+    return _decoded_box_loss(_giou, deltas, targets)
 
 
 def diou_box_loss(deltas: Tensor, targets: LocationTargets) -> Tensor:
     """Return 1 - DIoU of the decoded boxes, ``(B, N, 1)`` (arXiv 1911.08287, equation 7)."""
-    return _decoded_box_loss(distance_box_iou_loss, deltas, targets)
+    return _decoded_box_loss(_diou, deltas, targets)
 
 
 def _decoded_box_loss(
-    loss: Callable[..., Tensor], deltas: Tensor, targets: LocationTargets
+    overlap: Callable[[Tensor, Tensor], Tensor], deltas: Tensor, targets: LocationTargets
 ) -> Tensor:
-    """Compute a loss of two boxes, weighted by the centerness targets.
+    """Compute the loss 1 - overlap of two boxes, weighted by the centerness targets.
 
     So locations near the center of an object, whose boxes rank first in the end, count most.
     """
     boxes = fcos_apply_deltas_to_locations(deltas, targets.locations, targets.strides)
-    losses = loss(boxes, targets.boxes[..., :4], reduction="none")  # (B, N)
-    return (DECODED_BOX_WEIGHT * targets.centerness * losses)[..., None]
+    overlaps = overlap(boxes, targets.boxes[..., :4])  # (B, N)
+    return (DECODED_BOX_WEIGHT * targets.centerness * (1 - overlaps))[..., None]
+
+
+# GIoU and DIoU have the values and gradients of those in ``torchvision.ops``, where a mask picks the
+# pairs of boxes that overlap, so that every training step waits for the GPU to know their number.
+
+
+def _giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the GIoU of pairs of boxes: two of (..., 4) -> (...)."""
+    intersection, union = _intersection_and_union(boxes, others)
+    width, height = _enclosing_sides(boxes, others)
+    enclosing = width * height
+    return intersection / (union + IOU_EPS) - (enclosing - union) / (enclosing + IOU_EPS)
+
+
+def _diou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the DIoU of pairs of boxes: two of (..., 4) -> (...)."""
+    intersection, union = _intersection_and_union(boxes, others)
+    width, height = _enclosing_sides(boxes, others)
+    diagonal = width**2 + height**2 + IOU_EPS
+    between = (boxes[..., :2] + boxes[..., 2:] - others[..., :2] - others[..., 2:]) / 2
+    return intersection / (union + IOU_EPS) - between.square().sum(dim=-1) / diagonal
+
+
+def _intersection_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
+    other_x1, other_y1, other_x2, other_y2 = others.unbind(dim=-1)
+    width = torch.minimum(x2, other_x2) - torch.maximum(x1, other_x1)
+    height = torch.minimum(y2, other_y2) - torch.maximum(y1, other_y1)
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    areas = (x2 - x1) * (y2 - y1) + (other_x2 - other_x1) * (other_y2 - other_y1)
+    return intersection, areas - intersection
+
+
+def _enclosing_sides(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return width and height of the smallest box around each pair."""
+    upper_left = torch.minimum(boxes[..., :2], others[..., :2])
+    width, height = (torch.maximum(boxes[..., 2:], others[..., 2:]) - upper_left).unbind(dim=-1)
+    return width, height
 
 
 # Every choice for ``FCOS(box_loss=...)``. A function takes the predicted deltas (B, N, 4) and the
@@ -476,15 +510,7 @@ def iou_quality(deltas: Tensor, targets: LocationTargets) -> Tensor:
     section 3.2). It passes no gradient to the boxes.
     """
     boxes = fcos_apply_deltas_to_locations(deltas.detach(), targets.locations, targets.strides)
-    top_left, bottom_right = boxes.split(2, dim=-1)  # (B, N, 2)
-    matched_top_left, matched_bottom_right = targets.boxes[..., :4].split(2, dim=-1)
-    area = (bottom_right - top_left).prod(dim=-1)  # (B, N)
-    matched_area = (matched_bottom_right - matched_top_left).prod(dim=-1)
-    overlap = torch.minimum(bottom_right, matched_bottom_right) - torch.maximum(
-        top_left, matched_top_left
-    )
-    intersection = overlap.clamp(min=0).prod(dim=-1)
-    union = area + matched_area - intersection
+    intersection, union = _intersection_and_union(boxes, targets.boxes[..., :4])
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
@@ -642,15 +668,15 @@ class FCOSPostProcessor:
         boxes = clip_boxes_to_image(boxes, image_size)
 
         batch_size, _, num_classes = all_class_probs.shape
-        confident = scores > score_thresh
-        boxes, labels, scores = boxes[confident], labels[confident], scores[confident]  # (K, ...)
+        # On a GPU every look at values waits for it, so the confident locations are found once.
+        image_ids, index = (scores > score_thresh).nonzero(as_tuple=True)  # (K,)
+        boxes, labels, scores = (each[image_ids, index] for each in (boxes, labels, scores))
         # One NMS for all images, in which each class of each image is a class of its own.
-        image_ids = confident.nonzero()[:, 0]
-        class_ids = image_ids * num_classes + labels
-        kept = class_spec_nms(boxes, scores, class_ids, nms_thresh)
+        kept = class_spec_nms(boxes, scores, image_ids * num_classes + labels, nms_thresh)
+        kept = kept[image_ids[kept].argsort(stable=True)]  # image by image, each by its scores
+        counts = image_ids[kept].bincount(minlength=batch_size).tolist()
         detections = []
-        for image_id in range(batch_size):
-            own = kept[image_ids[kept] == image_id]
+        for own in kept.split(counts):
             detections.append({"boxes": boxes[own], "labels": labels[own], "scores": scores[own]})
         return detections
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
 from common import get_fpn_location_coords
 from eecs598.grad import compute_numeric_gradient, rel_error
@@ -17,6 +18,8 @@ from one_stage_detector import (
     QUALITY_TARGETS,
     FCOSLoss,
     NetworkOutputs,
+    _diou,
+    _giou,
     fcos_get_deltas_from_locations,
     fcos_match_locations_to_gt,
     iou_quality,
@@ -194,6 +197,23 @@ def test_every_box_loss_is_least_at_its_target(name):
             assert (loss > 1e-4).all()
             (gradient,) = torch.autograd.grad(loss.sum(), deltas)
             assert (gradient[foreground][:, side] * shift > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("overlap", "loss"),
+    [(_giou, generalized_box_iou_loss), (_diou, distance_box_iou_loss)],
+)
+def test_overlaps_are_those_of_torchvision(overlap, loss, rng):
+    """Also of boxes that do not overlap, and of the boxes of background locations."""
+    corners, others = 100 * torch.rand(2, 500, 2, generator=rng)
+    boxes = torch.cat([corners, corners + 60 * torch.rand(500, 2, generator=rng)], dim=1)
+    others = torch.cat([others, others + 60 * torch.rand(500, 2, generator=rng)], dim=1)
+    others[::7] = -1
+    boxes.requires_grad_()
+    ours, theirs = 1 - overlap(boxes, others), loss(boxes, others)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(each.sum(), boxes)[0] for each in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_quality_is_the_iou_of_the_predicted_box():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
@@ -197,7 +198,34 @@ def mixed_precision(device: torch.device, amp: str) -> tuple[torch.autocast, tor
 # --------------------------------------------------------------------------------------------
 
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
+class _ExponentialAverage(AveragedModel):
+    """``AveragedModel`` without the wait for the GPU in each of its updates.
+
+    It copies the number of updates to the GPU; here the number is read where it is, on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the parameters and buffers of the model; copy whole numbers."""
+        updates = self.n_averaged.item()
+        decay = min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
+        averages, values = _parameters_and_buffers(self.module), _parameters_and_buffers(model)
+        real = [average.is_floating_point() for average in averages]
+        get_ema_multi_avg_fn(decay)(
+            list(itertools.compress(averages, real)), list(itertools.compress(values, real)), 0
+        )
+        for average, value, is_real in zip(averages, values, real, strict=True):
+            if not is_real:
+                average.copy_(value)
+        self.n_averaged += 1
+
+
+def _parameters_and_buffers(model: nn.Module) -> list[Tensor]:
+    return [value.detach() for value in itertools.chain(model.parameters(), model.buffers())]
 
 
 def ema(model: nn.Module, decay: float) -> AveragedModel:
@@ -208,11 +236,4 @@ def ema(model: nn.Module, decay: float) -> AveragedModel:
         decay: the part of the average that remains in every update. In early updates it is less,
             (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten.
     """
-
-    def update(averages: _Tensors, values: _Tensors, num_averaged: Tensor | int) -> None:
-        updates = averaged.n_averaged.item()  # this one is on the CPU
-        warm = min(decay, (1 + updates) / (10 + updates))
-        get_ema_multi_avg_fn(warm)(averages, values, num_averaged)
-
-    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    return averaged
+    return _ExponentialAverage(model, decay)
