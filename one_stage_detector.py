@@ -449,8 +449,8 @@ def _decoded_box_loss(
     return (DECODED_BOX_WEIGHT * targets.centerness * (1 - overlaps))[..., None]
 
 
-# GIoU and DIoU have the values and gradients of those in ``torchvision.ops``. A mask picks there the
-# pairs of boxes that overlap, so that every training step waits for a GPU to know their number.
+# GIoU and DIoU have the values and gradients of those in ``torchvision.ops``. There, the pairs
+# that overlap are picked by a mask, and a training step waits for the GPU to know their number.
 
 
 def _giou(boxes: Tensor, others: Tensor) -> Tensor:
