@@ -232,7 +232,7 @@ def train_detector(
         raise ValueError(f"detector is a {type(detector).__name__}; expected an nn.Module.")
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    detector.to(device=device, memory_format=layout).train()
+    detector.to(memory_format=layout).to(device).train()
     solver = make_optimizer(
         detector, optimizer, learning_rate, weight_decay, backbone_lr_factor, decay_all
     )
