@@ -360,7 +360,9 @@ def inference_with_detector(
     Returns:
         Predictions (``boxes (K, 4)``, ``labels (K,)``, ``scores (K,)``) and ground truth
         (``boxes (M, 4)``, ``labels (M,)``) of every image, on the CPU: what
-        ``eecs598.metrics.average_precision`` takes.
+        ``eecs598.metrics.average_precision`` takes. Here and in the files, boxes are in pixels of
+        the resized images, as in the course. The mAP depends on that a little, since widths count
+        inclusive pixels; ``evaluate_detector`` gives boxes in pixels of the original files.
 
     Raises:
         ValueError: two images whose text files would have the same name, or a batch of more than
@@ -447,13 +449,13 @@ def evaluate_detector(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
-    """Detect objects in all images of a data set.
+    """Detect objects in all images of a data set, and find their boxes in the original files.
 
     With several processes, each runs on a part of the images and all get the whole result.
 
     Args:
         detector: see ``inference_with_detector``.
-        dataset: images that are not augmented.
+        dataset: images that are not augmented and not cropped.
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
         levels: see ``Evaluation``.
@@ -461,8 +463,16 @@ def evaluate_detector(
         device: to run on.
 
     Returns:
-        What ``eecs598.metrics`` and ``eecs598.report`` start from.
+        What ``eecs598.metrics`` and ``eecs598.report`` start from. Boxes are in pixels of the
+        original images.
+
+    Raises:
+        ValueError: a data set that crops its images, or an image file that can't be read or has
+            another size than its annotation says.
     """
+    if dataset.crop:
+        raise ValueError("the data set crops its images; build it with crop=False to evaluate.")
+    sizes = dataset.images.sizes  # first, so that a wrong file does not cost an inference
     loader = DataLoader(
         Subset(dataset, range(rank(), len(dataset), num_processes())),
         num_workers=num_workers,
@@ -471,16 +481,32 @@ def evaluate_detector(
         generator=torch.Generator(),  # the global one must not depend on evaluations
     )
     detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
-    shares = gather(
-        [
-            (path, tuple(image.shape[-2:]), prediction, target)
-            for path, image, prediction, target in detections
-        ]
-    )
+    shares = gather([(tuple(image.shape[-2:]), found) for _, image, found, _ in detections])
     in_order = [shares[i % len(shares)][i // len(shares)] for i in range(len(dataset))]
-    paths, sizes, predictions, targets = zip(*in_order, strict=True)
-    names = list(dataset.class_to_idx)
-    return Evaluation(names, paths, sizes, predictions, targets, score_thresh, levels or {})
+    input_sizes, predictions = zip(*in_order, strict=True)
+    scaled = []
+    for size, input_size, found in zip(sizes, input_sizes, predictions, strict=True):
+        scale_y, scale_x = (whole / seen for whole, seen in zip(size, input_size, strict=True))
+        factors = found["boxes"].new_tensor([scale_x, scale_y, scale_x, scale_y])
+        scaled.append({**found, "boxes": found["boxes"] * factors})
+    instances = dataset.instances
+    known = all(instance.difficult_known for instance in instances)
+    return Evaluation(
+        list(dataset.class_to_idx),
+        [str(instance.path) for instance in instances],
+        sizes,
+        scaled,
+        [_objects(instance.ordinary) for instance in instances],
+        score_thresh,
+        levels or {},
+        difficult=[_objects(i.boxes[i.difficult]) for i in instances] if known else None,
+        input_sizes=input_sizes,
+    )
+
+
+def _objects(rows: Tensor) -> dict[str, Tensor]:
+    """Split rows ``(M, 5)`` of an index into boxes and labels."""
+    return {"boxes": rows[:, :4], "labels": rows[:, 4].long()}
 
 
 def target_rows(target: Mapping[str, Tensor]) -> Tensor:

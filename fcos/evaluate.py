@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fcos.options import (
     EVAL_NMS_THRESH,
@@ -20,20 +18,17 @@ from fcos.options import (
     make_empty_folder,
     next_free_folder,
 )
+from fcos.results import export_text, print_results, write_report
 
 if TYPE_CHECKING:
     from a4_helper import VOC2007DetectionTiny
     from eecs598.metrics import Evaluation
-    from eecs598.report import Comparison
     from one_stage_detector import FCOS
 
 __all__ = [
     "add_options",
     "evaluate",
-    "export_text",
-    "print_results",
     "run",
-    "write_report",
 ]
 
 
@@ -67,6 +62,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", metavar="DIR", help="write the text files here instead of into --out"
     )
+    parser.add_argument(
+        "--difficult",
+        choices=("drop", "keep"),
+        default="drop",
+        help="objects marked difficult in the text files: left out as in the course, or marked, so "
+        "that fcos score gives the devkit's mAP (drop)",
+    )
     add_json_option(parser, "write the metrics here, too")
     add_machine_options(parser)
 
@@ -86,6 +88,11 @@ def run(args: argparse.Namespace) -> None:
     dataset = VOC2007DetectionTiny(
         args.data, args.split, image_size=image_size, classes=model.class_names, crop=False
     )
+    if args.difficult == "keep" and not all(i.difficult_known for i in dataset.instances):
+        raise ValueError(
+            f"--difficult keep: the course's index in {args.data} leaves difficult objects out; "
+            "add the devkit's Annotations folder, which has them."
+        )
     other = None
     if args.compare is not None:
         other = read_text_format(args.compare)
@@ -104,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         nms_thresh=args.nms_thresh,
         amp=args.amp,
     )
-    export_text(evaluation, texts)
+    export_text(evaluation, texts, keep_difficult=args.difficult == "keep")
     comparison = None if other is None else compare(evaluation, other, args.compare)
     facts = {
         "checkpoint": str(args.checkpoint),
@@ -163,75 +170,3 @@ def evaluate(
             num_workers=workers,
             device=device,
         )
-
-
-def export_text(evaluation: Evaluation, folder: Path) -> None:
-    """Write detections and ground truth as the text files that ``fcos score`` reads."""
-    from eecs598.metrics import image_names, write_text_format
-
-    names = image_names(evaluation.image_paths)
-    results = zip(names, evaluation.predictions, evaluation.targets, strict=True)
-    for name, prediction, target in results:
-        write_text_format(folder, name, prediction, target, evaluation.class_names)
-
-
-def write_report(
-    evaluation: Evaluation,
-    out: Path,
-    facts: dict[str, Any],
-    comparison: Comparison | None = None,
-) -> dict[str, Any]:
-    """Write ``report.html`` and ``metrics.json``.
-
-    Args:
-        evaluation: what the report is about.
-        out: folder for the files.
-        facts: ``checkpoint``, ``data``, ``split``, ``image_size`` and ``nms_thresh``; they go into
-            both files.
-        comparison: with another evaluation of the same images.
-
-    Returns:
-        What ``metrics.json`` holds.
-    """
-    from eecs598 import report
-    from eecs598.runtime import describe_environment, write_json
-
-    analysis = report.analyze(evaluation)
-    environment = describe_environment()
-    metrics = {**analysis.metrics, **facts, "environment": environment}
-    if comparison is not None:
-        metrics["comparison"] = {"with": comparison.name, **comparison.difference.to_dict()}
-    write_json(out / "metrics.json", metrics)
-    report.write_report(
-        out / "report.html",
-        analysis,
-        title=f"{Path(facts['data']).resolve().name} {facts['split']}",
-        facts=[
-            facts["checkpoint"],
-            f"shorter side {facts['image_size']} px",
-            f"score threshold {evaluation.score_thresh:g}",
-            f"NMS threshold {facts['nms_thresh']:g}",
-        ],
-        footer=f"{time.strftime('%Y-%m-%d')}, commit {environment['commit']}, "
-        f"PyTorch {environment['packages']['torch']}",
-        comparison=comparison,
-    )
-    return metrics
-
-
-def print_results(metrics: dict[str, Any], comparison: Comparison | None = None) -> None:
-    """Print the table of classes, how certain the mAP is, how it compares and what looks wrong."""
-    from eecs598.metrics import format_table
-
-    print(format_table(metrics))
-    low, high = metrics["interval"]
-    print(f"95 % interval of the mAP {100 * low:.2f} to {100 * high:.2f}")
-    if comparison is not None:
-        result = comparison.difference
-        print(
-            f"{100 * result.difference:+.2f} against {comparison.name}, 95 % interval "
-            f"{100 * result.low:+.2f} to {100 * result.high:+.2f}: "
-            + ("more than chance explains" if result.exceeds else "may be chance")
-        )
-    for message in metrics["diagnostics"]:
-        print(f"warning: {message}", file=sys.stderr)

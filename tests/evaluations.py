@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from eecs598.metrics.evaluation import Evaluation
-from fcos.evaluate import export_text
+from fcos.results import export_text
 
 CLASS_NAMES = ["cat", "a < b"]  # a name that HTML would misread
 # One detection of each kind.

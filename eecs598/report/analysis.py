@@ -45,9 +45,12 @@ class Analysis:
         metrics: what ``average_precision`` returns, with ``score_thresh``, ``mAP_11_point``,
             ``interval`` (95 % of the mAP), ``best_f1`` of all classes together and the
             ``best_threshold`` that gives it, ``classes`` (best F1 and threshold of each),
-            ``confusion_matrix`` at that threshold, ``errors``, ``diagnostics`` and ``coco``
-            (None where ``faster-coco-eval`` is not installed).
-        matches: the detections matched to the ground truth.
+            ``confusion_matrix`` at that threshold, ``errors``, ``diagnostics``, ``coco``
+            (None where ``faster-coco-eval`` is not installed) and ``devkit``: the ``mAP``,
+            ``mAP_11_point`` and ``AP`` by the VOC devkit's rule, and ``num_difficult`` objects
+            (None where it is not known which objects are difficult). All others are by the
+            course's rule, for which difficult objects do not exist.
+        matches: the detections matched to the ground truth, by the course's rule.
         curves: precision over recall of each class with ground truth.
         errors: the kind of each error.
         diagnostics: what looks wrong.
@@ -95,7 +98,9 @@ def analyze(evaluation: Evaluation) -> Analysis:
     curves, overall = precision_recall_curves(matches), precision_recall(matches)
     errors = analyze_errors(matches)
     interval = bootstrap_map(matches)
-    diagnostics = find_diagnostics(matches, evaluation.image_sizes)
+    diagnostics = find_diagnostics(
+        evaluation.input_matches, evaluation.input_sizes or evaluation.image_sizes
+    )
     metrics.update(
         score_thresh=evaluation.score_thresh,
         mAP_11_point=score_matches(matches, "11-point")["mAP"],
@@ -110,8 +115,23 @@ def analyze(evaluation: Evaluation) -> Analysis:
         errors=errors.to_dict(),
         diagnostics=[diagnostic.message for diagnostic in diagnostics],
         coco=coco_metrics(matches) if find_spec("faster_coco_eval") is not None else None,
+        devkit=_devkit_metrics(evaluation),
     )
     return Analysis(evaluation, metrics, matches, curves, errors, diagnostics)
+
+
+def _devkit_metrics(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Return the average precision by the VOC devkit's rule, None where that is not known."""
+    matches = evaluation.devkit_matches
+    if matches is None:
+        return None
+    result = score_matches(matches)
+    return {
+        "mAP": result["mAP"],
+        "mAP_11_point": score_matches(matches, "11-point")["mAP"],
+        "AP": result["AP"],
+        "num_difficult": int(matches.gt_difficult.sum()),
+    }
 
 
 def check_comparable(
@@ -148,7 +168,8 @@ def compare(evaluation: Evaluation, other: TextFormat, other_name: str) -> Compa
 
     Args:
         evaluation: this one.
-        other: what ``read_text_format`` read. Its boxes may be in pixels of another image size.
+        other: what ``read_text_format`` read. Its boxes may be in pixels of another image size:
+            they are scored in those of this evaluation. Its difficult objects are left out.
         other_name: the name of the other one, for messages and the report.
 
     Raises:
@@ -163,16 +184,38 @@ def compare(evaluation: Evaluation, other: TextFormat, other_name: str) -> Compa
         [{**items[place[name]], "labels": labels[items[place[name]]["labels"]]} for name in names]
         for items in (other.predictions, other.targets)
     )
-    for name, target, other_target in zip(names, evaluation.targets, targets, strict=True):
-        if not _same_objects(target, other_target):
+    for place_here, (name, target) in enumerate(zip(names, evaluation.targets, strict=True)):
+        if target.get("difficult") is None:  # the course's rule here, so also there
+            targets[place_here] = _ordinary(targets[place_here])
+        if not _same_objects(target, targets[place_here]):
             raise ValueError(
                 f"the ground truth of {name} in {other_name} has other objects than this "
                 "evaluation; compare evaluations of the same data."
             )
-    theirs = match_detections(predictions, targets, evaluation.class_names)
+        scale = _scale(target["boxes"], targets[place_here]["boxes"])
+        found = predictions[place_here]
+        predictions[place_here] = {**found, "boxes": found["boxes"] * scale}
+    theirs = match_detections(predictions, evaluation.targets, evaluation.class_names)
     return Comparison(
         other_name, score_matches(theirs), bootstrap_difference(evaluation.matches, theirs)
     )
+
+
+def _ordinary(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values[~target["difficult"]] for name, values in target.items()}
+
+
+def _scale(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return factors (4,) that bring boxes of their image to ours, by the objects of both.
+
+    Without objects in the image they are 1: wherever a detection is, it is false.
+    """
+    factors = torch.ones(4, dtype=torch.float64)
+    for axis in (0, 1):
+        if len(ours) and theirs[:, axis::2].max() > 0:
+            ratio = ours[:, axis::2].max().double() / theirs[:, axis::2].max()
+            factors[axis::2] = ratio.cpu()
+    return factors
 
 
 def _same_objects(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

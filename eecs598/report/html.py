@@ -28,7 +28,8 @@ from eecs598.report.analysis import Analysis, Comparison
 from eecs598.runtime import atomic_write
 
 NUM_BINS = 20  # of the histogram of scores
-SIZE_EDGES = (0, 16, 32, 64, 96, 128, math.inf)  # square roots of areas, in pixels
+# Square roots of areas, in pixels of the image as the detector saw it.
+SIZE_EDGES = (0, 16, 32, 64, 96, 128, math.inf)
 CURVE_POINTS = 100  # a small figure shows no more
 MAX_MISTAKES = 400
 MISTAKES_OF_ONE_SORT = 6  # kind and class
@@ -134,8 +135,9 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str, str]]:
         (
             f"mAP at IoU {metrics['iou_threshold']:g}",
             _percent(metrics["mAP"]),
-            f"95 % interval {low:.1f} to {high:.1f}",
+            f"95 % interval {low:.1f} to {high:.1f}; as in the course, without difficult objects",
         ),
+        _devkit_tile(metrics["devkit"]),
         ("11-point mAP", _percent(metrics["mAP_11_point"]), "as in VOC 2007"),
     ]
     if metrics["coco"]:
@@ -153,6 +155,14 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str, str]]:
     note = f"with scores above {metrics['score_thresh']:g}"
     tiles.append(("detections", f"{sum(metrics['num_detections'].values()):,}", note))
     return tiles
+
+
+def _devkit_tile(devkit: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    name = "mAP by the devkit's rule"
+    if devkit is None:
+        return name, _percent(None), "it is not known which objects are difficult"
+    note = f"a match to one of {devkit['num_difficult']:,} difficult objects counts neither way"
+    return name, _percent(devkit["mAP"]), note
 
 
 def _comparison_context(comparison: Comparison, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,8 +298,8 @@ def _recall_row(name: str, found: Tensor) -> list[tuple[str, float, str, str]]:
 
 
 def _objects(analysis: Analysis) -> tuple[Tensor, Tensor]:
-    """Return the boxes (M, 4) of all objects that are not difficult, and which are found (M,)."""
-    matches = analysis.matches
+    """Return the boxes (M, 4) of all objects as the detector saw them, and which are found (M,)."""
+    matches = analysis.evaluation.input_matches
     counted = ~matches.gt_difficult
     boxes, found = matches.gt_box[counted], matches.gt_found[counted]
     return torch.from_numpy(boxes).float(), torch.from_numpy(found)
@@ -381,13 +391,15 @@ def _cut_out(
     evaluation: Evaluation, image: int, around: Tensor, boxes: Sequence[tuple[str, Tensor]]
 ) -> dict[str, Any] | None:
     """Return a JPEG of what is around a box, and the boxes in it; None without the file."""
+    path, (height, width) = evaluation.image_paths[image], evaluation.image_sizes[image]
     try:
-        whole = read_image(Path(evaluation.image_paths[image]), upright=False)
+        whole = read_image(path, upright=False)
+        if (whole.height > whole.width) != (height > width):  # turned by EXIF, as its boxes are
+            whole = read_image(path)
     except ValueError:
         return None
-    # The boxes are in pixels of the image as the detector saw it.
-    seen_height, seen_width = evaluation.image_sizes[image]
-    scale = torch.tensor([whole.width / seen_width, whole.height / seen_height]).repeat(2)
+    # Boxes may be in pixels of a resized image.
+    scale = torch.tensor([whole.width / width, whole.height / height]).repeat(2)
     x1, y1, x2, y2 = (around * scale).tolist()
     margin = 0.25 * max(x2 - x1, y2 - y1) + 8
     # Ground truth may lie outside its image.

@@ -13,6 +13,9 @@ from unittest.mock import ANY
 import pytest
 import torch
 
+from eecs598.data.images import annotated_size
+from eecs598.data.index import load_instances
+from eecs598.data.voc import build_index
 from eecs598.training.settings import SETTINGS
 from fcos import cli
 
@@ -196,6 +199,54 @@ def test_eval_export_and_score_agree(run_folder, capsys):
     assert "mAP@0.5" in capsys.readouterr().out
     assert cli.main(arguments) == 2  # files of two exports would be scored together
     assert "--export" in capsys.readouterr().err
+
+
+def test_eval_gives_both_rules_for_difficult_objects(run_folder, monkeypatch, capsys):
+    """And the text files of each rule score as it does."""
+    data, text, results = run_folder / "difficult", run_folder / "text-of", {}
+    shutil.copytree(run_folder / "shapes", data)
+    for xml in (data / "Annotations").glob("train_*.xml"):
+        easy = "<difficult>0</difficult>"
+        xml.write_text(xml.read_text().replace(easy, easy.replace("0", "1"), 1))
+    classes = torch.load(run_folder / "run/checkpoint.pt", weights_only=True)["classes"]
+    instances = load_instances(data, "train", classes)
+
+    def all_found(detector, loader, *args, **kwargs):
+        """Find everything, difficult objects first."""
+        for (paths, images, _), instance in zip(loader, instances, strict=True):
+            assert paths == (str(instance.path),)
+            rows = instance.boxes.flip(0)
+            height, width = annotated_size(instance.path, None)
+            scale = torch.tensor([images.shape[3] / width, images.shape[2] / height]).repeat(2)
+            scores = torch.linspace(0.9, 0.8, len(rows))
+            found = {"boxes": rows[:, :4] * scale, "labels": rows[:, 4].long(), "scores": scores}
+            yield paths[0], images[0], found, {}
+
+    monkeypatch.setattr("a4_helper.iterate_detections", all_found)
+    arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--workers", "0", "--split"]
+    arguments += ["train", "--data"]
+    for rule in ("keep", "drop"):
+        out = [f"--out={text}-{rule}", f"--export={text}-{rule}-files", f"--difficult={rule}"]
+        assert cli.main([*arguments, str(data), *out]) == 0
+        assert cli.main(["score", f"{text}-{rule}-files", f"--json={text}.json"]) == 0
+        results[rule] = json.loads(Path(f"{text}.json").read_text())
+    metrics = json.loads(Path(f"{text}-keep/metrics.json").read_text())
+    assert metrics["devkit"]["mAP"] == 1 > metrics["mAP"]
+    assert metrics["devkit"]["num_difficult"] == 6
+    output = capsys.readouterr().out
+    assert f"mAP by the course's rule {100 * metrics['mAP']:.2f}" in output
+    assert "mAP by the devkit's rule 100.00: a match to one of 6 difficult objects" in output
+    assert results["drop"]["mAP"] == metrics["mAP"] and results["keep"]["mAP"] == 1
+    assert results["keep"]["num_ground_truth"] == results["drop"]["num_ground_truth"]
+    # With the course's index alone it is not known what is difficult.
+    index = build_index(data, "train")
+    (data / "voc07_train.json").write_text(json.dumps(index))
+    shutil.rmtree(data / "Annotations")
+    instances = load_instances(data, "train", classes)
+    assert cli.main([*arguments, str(data), f"--out={text}-unknown"]) == 0
+    assert "mAP by the devkit's rule not known" in capsys.readouterr().out
+    assert cli.main([*arguments, str(data), f"--out={text}-5", "--difficult", "keep"]) == 2
+    assert "leaves difficult objects out" in capsys.readouterr().err
 
 
 def test_training_images_are_evaluated_whole(run_folder):

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 
 import pytest
+import torch
 
 from eecs598.metrics import (
     Matches,
@@ -27,6 +28,7 @@ from eecs598.metrics import (
     score_matches,
 )
 from eecs598.report.analysis import analyze, compare
+from fcos.results import export_text
 from tests.evaluations import export, make_evaluation
 
 
@@ -101,6 +103,7 @@ def test_every_measure_is_what_it_is_on_its_own(tmp_path):
         "errors": analyze_errors(matches()).to_dict(),
         "diagnostics": [d.message for d in find_diagnostics(matches(), evaluation.image_sizes)],
         "coco": coco_metrics(matches()),
+        "devkit": None,  # it is not known which objects are difficult
     }
 
 
@@ -125,6 +128,35 @@ def test_a_comparison_may_be_with_another_image_size(tmp_path, scale):
     comparison = compare(make_evaluation(tmp_path), read_text_format(folder), "run")
     assert comparison.other["AP"]["cat"] == score_folder(folder)["AP"]["cat"] == 0
     assert comparison.difference.difference == pytest.approx(0.25)
+
+
+def test_a_comparison_scores_the_other_in_the_pixels_of_this_one(tmp_path):
+    """The other is a twentieth as large, where inclusive pixels change what matches."""
+    evaluation = make_evaluation(tmp_path)
+    # An IoU of 30 / 61 here, and of 2.45 / 4 there.
+    evaluation.predictions[1]["boxes"][0] = torch.tensor([20.0, 20, 80, 49])
+    folder = export(evaluation, tmp_path / "run")
+    shrunk = dataclasses.replace(
+        evaluation,
+        predictions=[{**p, "boxes": p["boxes"] / 20} for p in evaluation.predictions],
+        targets=[{**t, "boxes": t["boxes"] / 20} for t in evaluation.targets],
+    )
+    small = export(shrunk, tmp_path / "small")
+    assert score_folder(small)["mAP"] > score_folder(folder)["mAP"] == 0.25
+    comparison = compare(evaluation, read_text_format(small), "small")
+    assert comparison.other["mAP"] == 0.25 and comparison.difference.difference == 0
+
+
+def test_a_comparison_leaves_out_difficult_objects_of_the_other(tmp_path):
+    evaluation = make_evaluation(tmp_path)
+    difficult = [{"boxes": t["boxes"] + 3, "labels": t["labels"]} for t in evaluation.targets]
+    evaluation = dataclasses.replace(evaluation, difficult=difficult)
+    export_text(evaluation, tmp_path / "run", keep_difficult=True)
+    other = read_text_format(tmp_path / "run")
+    assert sum(int(target["difficult"].sum()) for target in other.targets) == 4
+    comparison = compare(evaluation, other, "run")
+    assert comparison.other["num_ground_truth"] == {"cat": 2, "a < b": 2}
+    assert comparison.difference.difference == 0
 
 
 def test_comparisons_that_make_no_sense_are_refused(tmp_path):

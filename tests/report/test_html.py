@@ -68,6 +68,20 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report):
     assert "http" not in text and "url(" not in text and "@import" not in text
 
 
+def test_both_rules_for_difficult_objects_are_named(report, tmp_path):
+    text = report.read_text(encoding="utf-8")
+    assert "mAP by the devkit&#39;s rule" in text
+    assert "it is not known which objects are difficult" in text
+    evaluation = make_evaluation(tmp_path)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    found_too = {"boxes": torch.tensor([[0.0, 0, 30, 30]]), "labels": torch.tensor([1])}
+    difficult = [nothing, nothing, nothing, found_too]
+    evaluation = dataclasses.replace(evaluation, difficult=difficult)
+    write_report(tmp_path / "report.html", analyze(evaluation), title="val")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a match to one of 1 difficult objects counts neither way" in text
+
+
 def test_names_are_text_and_not_markup(report):
     text = report.read_text(encoding="utf-8")
     assert "a &lt; b" in text and "a < b" not in text
