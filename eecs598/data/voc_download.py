@@ -58,7 +58,7 @@ def download_voc2007(
     Raises:
         ValueError: an argument is out of range, ``root/VOCdevkit/VOC2007`` exists and is
             incomplete, or the archive is not a whole VOC 2007 devkit.
-        RuntimeError: the archive could be downloaded from no source; the message has the reason
+        ConnectionError: the archive could be downloaded from no source; the message has the reason
             for each.
     """
     if timeout <= 0 or retries < 1:
@@ -184,7 +184,7 @@ def _find_or_download(
                 reason = f"{type(error).__name__}: {error}"
                 _empty_folder(staging)
         failures.append(f"{url}: {reason} (tried {retries} times)")
-    raise RuntimeError(
+    raise ConnectionError(
         "could not download the VOC 2007 archive:\n"
         + "".join(f"  - {failure}\n" for failure in failures or ["no source was given"])
         + f"By hand: download {ARCHIVE_NAME} (MD5 {md5}) with a browser, extract it, and put its "

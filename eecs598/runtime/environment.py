@@ -45,18 +45,22 @@ def describe_environment() -> dict[str, Any]:
         ``command`` (arguments of the process), ``python`` (version), ``packages`` (name to
         version), ``platform``, ``processor``, ``processors`` (their number), ``gpu`` (name or
         None), ``commit`` (of this repository) and ``uncommitted_changes`` (lines of
-        ``git status``); the last two are None outside a repository.
+        ``git status``); the last two are None where no repository
+        has this code.
     """
-    folder = Path(__file__).resolve().parents[2]
+    file = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(file.parents[2]), *arguments]
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return None  # git is missing, or the folder is no repository
 
-    changes = git("status", "--porcelain")
+    # Installed into a folder inside another repository, the code is not part of that one.
+    is_ours = git("ls-files", "--error-unmatch", str(file)) is not None
+    commit = git("rev-parse", "HEAD") if is_ours else None
+    changes = git("status", "--porcelain") if is_ours else None
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -65,6 +69,6 @@ def describe_environment() -> dict[str, Any]:
         "processor": processor_name(),
         "processors": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": (git("rev-parse", "HEAD") or "").strip() or None,
+        "commit": (commit or "").strip() or None,
         "uncommitted_changes": None if changes is None else changes.splitlines(),
     }

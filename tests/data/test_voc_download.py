@@ -180,7 +180,7 @@ def test_second_try_of_the_same_source(tmp_path, cwd, server):
 
 def test_every_source_fails(tmp_path, cwd, server):
     ways = ["absent", "truncated", "unsized", "wrong", "stall"]
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ConnectionError) as caught:
         fetch(tmp_path / "data", server, *ways, timeout=0.3, retries=1)
     lines = str(caught.value).splitlines()
     reasons = ["404", "retrieval incomplete", "MD5", "MD5", "timed out"]
@@ -194,7 +194,7 @@ def test_no_server_and_unusable_url(tmp_path, cwd):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         sources = [f"http://127.0.0.1:{free.getsockname()[1]}/x.tar", "no url"]
-        with pytest.raises(RuntimeError, match=r"(?s)/x\.tar: .*refused.*no url: .*tried 1"):
+        with pytest.raises(ConnectionError, match=r"(?s)/x\.tar: .*refused.*no url: .*tried 1"):
             voc_download.download_voc2007(tmp_path / "data", sources=sources, retries=1)
     assert names_in(tmp_path / "data") == [] and names_in(cwd) == []
 
@@ -209,7 +209,7 @@ def test_archive_in_root_is_used_and_kept(tmp_path, cwd, archive):
 def test_half_an_archive_in_root_is_not_used(tmp_path, cwd, archive):
     half = tmp_path / voc_download.ARCHIVE_NAME
     half.write_bytes(archive[:5000])
-    with pytest.raises(RuntimeError, match=re.escape(str(half)) + ".*MD5"):
+    with pytest.raises(ConnectionError, match=re.escape(str(half)) + ".*MD5"):
         voc_download.download_voc2007(tmp_path, sources=(), md5=md5_of(archive))
     assert half.exists() and not (tmp_path / "VOCdevkit").exists()
 

@@ -496,7 +496,8 @@ def test_killed_at_random_moments(shapes, tmp_path):
         command += ["--checkpoint-every", str(period), "--eval-every", "0"]
         after = load_checkpoint(checkpoint)["iteration"] if checkpoint.is_file() else 0
         assert after >= before
-        assert after > max(logged_iterations(seen), default=0) - period
+        # The line of an iteration comes before its checkpoint, so it may be a whole period.
+        assert after >= max(logged_iterations(seen), default=0) - period
     assert cli.main(command) == 0
     ours, theirs = (
         load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "straight")
