@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,8 +35,11 @@ from eecs598.data import (
 )
 from eecs598.metrics import Evaluation, write_text_format
 from eecs598.runtime import (
+    batches_of,
     broadcast_buffers,
+    explained,
     gather,
+    make_loader,
     num_processes,
     rank,
 )
@@ -44,7 +48,6 @@ from eecs598.training import (
     TrainingLogger,
     TrainingRun,
     ema,
-    ignore_signals,
     learning_rate_factor,
     make_optimizer,
     mixed_precision,
@@ -257,13 +260,18 @@ def train_detector(
     checked_here = device.type != "cpu" or not getattr(detector, "checks_batches", False)
     num_classes = getattr(detector, "num_classes", None) if checked_here else None
 
-    catching_signals = run.catching_signals() if run is not None else contextlib.nullcontext()
-    with catching_signals, TrainingLogger(history, max_iters, run) as logger:
+    with contextlib.ExitStack() as stack:
+        if run is not None:
+            stack.enter_context(run.catching_signals())
+        batch_shape = stack.enter_context(explained() if run is None else run.explaining_errors())
+        logger = stack.enter_context(TrainingLogger(history, max_iters, run))
         if run is not None and done and run.evaluation_is_due(done, last=done == max_iters):
             # The run was stopped before this evaluation.
             run.save(done, eval_model, state, history, last=done == max_iters)
-        batches = _repeat(train_loader, max_iters - done)
+        batches = stack.enter_context(contextlib.closing(_repeat(train_loader, max_iters - done)))
         for iteration, (paths, images, gt_boxes) in enumerate(batches, start=done + 1):
+            batch_shape[:] = images.shape
+            gt_boxes = _without_padding(gt_boxes)
             if num_classes is not None:
                 check_training_batch(images, gt_boxes, num_classes)
             images = images.to(device, non_blocking=True, memory_format=layout)
@@ -311,16 +319,31 @@ def _training_network(detector: nn.Module, device: torch.device, compile: bool) 
     return DistributedDataParallel(detector, [device] if device.type == "cuda" else None)
 
 
-def _repeat(loader: DataLoader, num_batches: int) -> Iterator:
+def _without_padding(gt_boxes: Tensor) -> Tensor:
+    """Cut off the rows of ``(B, M, 5)`` that are padding in every image of the batch.
+
+    A data set may have one image with hundreds of boxes, and every row costs time in the step. The
+    number of rows that is left is a multiple of 8, so that there are few different shapes.
+    """
+    if gt_boxes.dim() != 3 or gt_boxes.shape[-1] != 5 or gt_boxes.device.type != "cpu":
+        return gt_boxes  # what is no batch is found out later
+    used = (gt_boxes[..., 4] != -1).any(dim=0).nonzero()  # numbers of rows
+    num_rows = int(used[-1]) + 1 if len(used) else 1
+    trimmed = gt_boxes[:, : -(-num_rows // 8) * 8].contiguous()
+    return trimmed.pin_memory() if gt_boxes.is_pinned() else trimmed
+
+
+def _repeat(loader: DataLoader, num_batches: int) -> Generator:
     """Yield this many batches of a loader, starting it again whenever it ends."""
     remaining = num_batches
     while remaining > 0:
         started_with = remaining
-        for batch in loader:
-            yield batch
-            remaining -= 1
-            if not remaining:
-                return
+        with batches_of(loader) as batches:
+            for batch in batches:
+                yield batch
+                remaining -= 1
+                if not remaining:
+                    return
         if remaining == started_with:
             raise ValueError(
                 "the training loader gives no batch. With drop_last=True it needs at least "
@@ -416,25 +439,27 @@ def iterate_detections(
     was_training = detector.training
     detector.to(dtype=dtype, device=device).eval()
     try:
-        hidden = not show_progress()
-        for paths, images, gt_boxes in tqdm(
-            test_loader, desc="inference", unit="image", disable=hidden
-        ):
-            if len(images) != 1:
-                raise ValueError(
-                    f"the loader gives {len(images)} images per batch; evaluation needs "
-                    "batch_size=1, because the images differ in size."
-                )
-            with torch.no_grad():
-                boxes, labels, scores = detector(
-                    images.to(device, dtype),
-                    test_score_thresh=score_thresh,
-                    test_nms_thresh=nms_thresh,
-                )
-            objects = gt_boxes[0][gt_boxes[0, :, 4] >= 0]
-            prediction = {"boxes": boxes.cpu(), "labels": labels.cpu(), "scores": scores.cpu()}
-            target = {"boxes": objects[:, :4], "labels": objects[:, 4].long()}
-            yield paths[0], unnormalize(images[0]), prediction, target
+        hidden, count = not show_progress(), operator.length_hint(test_loader) or None
+        with explained() as batch_shape, batches_of(test_loader) as batches:
+            for paths, images, gt_boxes in tqdm(
+                batches, desc="inference", total=count, unit="image", disable=hidden
+            ):
+                batch_shape[:] = images.shape
+                if len(images) != 1:
+                    raise ValueError(
+                        f"the loader gives {len(images)} images per batch; evaluation needs "
+                        "batch_size=1, because the images differ in size."
+                    )
+                with torch.no_grad():
+                    boxes, labels, scores = detector(
+                        images.to(device, dtype),
+                        test_score_thresh=score_thresh,
+                        test_nms_thresh=nms_thresh,
+                    )
+                objects = gt_boxes[0][gt_boxes[0, :, 4] >= 0]
+                prediction = {"boxes": boxes.cpu(), "labels": labels.cpu(), "scores": scores.cpu()}
+                target = {"boxes": objects[:, :4], "labels": objects[:, 4].long()}
+                yield paths[0], unnormalize(images[0]), prediction, target
     finally:
         detector.train(was_training)
 
@@ -473,12 +498,10 @@ def evaluate_detector(
     if dataset.crop:
         raise ValueError("the data set crops its images; build it with crop=False to evaluate.")
     sizes = dataset.images.sizes  # first, so that a wrong file does not cost an inference
-    loader = DataLoader(
+    loader = make_loader(
         Subset(dataset, range(rank(), len(dataset), num_processes())),
-        num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        num_workers,
         pin_memory=torch.device(device).type != "cpu",
-        generator=torch.Generator(),  # the global one must not depend on evaluations
     )
     detections = iterate_detections(detector, loader, score_thresh, nms_thresh, device=device)
     shares = gather([(tuple(image.shape[-2:]), found) for _, image, found, _ in detections])

@@ -53,10 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_as_interrupt():
             return args.run(args) or 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        # An error in a process that loads data brings its traceback along as text.
-        text = str(error)
-        text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
+    except Exception as error:
+        from eecs598.runtime import RunError, explain
+
+        text = explain(error)
+        if text is None:
+            if not isinstance(error, (ValueError, OSError, FloatingPointError, RunError)):
+                raise  # a fault of the program
+            # An error in a process that loads data brings its traceback along as text.
+            text = str(error)
+            text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
         print(f"fcos: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

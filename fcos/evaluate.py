@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from a4_helper import VOC2007DetectionTiny
     from eecs598.metrics import image_names, read_text_format
     from eecs598.report import check_comparable, compare
-    from eecs598.runtime import write_json
+    from eecs598.runtime import fit_workers, write_json
     from fcos.models import load_detector
 
     model = load_detector(
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     evaluation = evaluate(
         model.detector,
         dataset,
-        choose_workers(args.workers),
+        fit_workers(choose_workers(args.workers), (1, image_size, 2 * image_size)),
         device,
         score_thresh=args.score_thresh,
         nms_thresh=args.nms_thresh,

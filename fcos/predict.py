@@ -82,13 +82,12 @@ def run(args: argparse.Namespace) -> int:
     from functools import partial
 
     import torch
-    from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
     from eecs598.data import ImageFiles, find_images, read_image
     from eecs598.deploy import detect, picture_names, to_json, write_picture
-    from eecs598.runtime import write_json
-    from eecs598.training import ignore_signals, mixed_precision
+    from eecs598.runtime import batches_of, fit_workers, make_loader, write_json
+    from eecs598.training import mixed_precision
     from fcos.models import load_detector
 
     paths = find_images(args.images)
@@ -102,13 +101,10 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     detector.to(device).eval()
     out = make_empty_folder(Path(args.out), "--out")
-    workers = choose_workers(args.workers)
-    loader = DataLoader(
-        ImageFiles(paths, settings.data.image_size),
-        batch_size=args.batch_size,
-        collate_fn=list,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
+    size = settings.data.image_size
+    workers = fit_workers(choose_workers(args.workers), (args.batch_size, size, 2 * size))
+    loader = make_loader(
+        ImageFiles(paths, size), workers, batch_size=args.batch_size, collate_fn=list
     )
     predict = partial(detector.predict, score_thresh=args.score_thresh, nms_thresh=args.nms_thresh)
     autocast, _ = mixed_precision(torch.device(device), args.amp)
@@ -126,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(pool.shutdown, cancel_futures=True)
         stack.enter_context(autocast)
         bar = stack.enter_context(tqdm(total=len(paths), desc="detection", disable=None))
-        found = detect(predict, loader, device)
+        found = detect(predict, stack.enter_context(batches_of(loader)), device)
         for name, (image, detections) in zip(picture_names(paths), found, strict=True):
             bar.update()
             if detections is None:

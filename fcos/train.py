@@ -85,37 +85,36 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, device: str) -> None:
     """Do all steps of a run: settings, data, detector, training, report."""
-    import torch
-
     from a4_helper import VOC2007DetectionTiny, train_detector
     from eecs598 import reset_seed
     from eecs598.data import TrainingSampler, TrainingSet, load_instances
     from eecs598.metrics import score_matches
     from eecs598.runtime import (
+        fit_workers,
         folder_lock,
         gather,
         is_main_process,
+        make_loader,
         num_processes,
         rank,
     )
-    from eecs598.training import (
-        TrainingRun,
-        UsageMeter,
-        ignore_signals,
-        plot_losses,
-        precision_name,
-    )
+    from eecs598.training import TrainingRun, UsageMeter, plot_losses, precision_name
     from fcos.models import build_detector
 
     # Settings
     description = _resumed_run(args) if args.resume else _new_run(args)
     out, settings, names = description.out, description.settings, description.class_names
-    data, workers = settings.data, choose_workers(args.workers)
+    data = settings.data
     if data.batch_size % num_processes():
         raise ValueError(
             f"--batch-size {data.batch_size} can't be shared evenly by {num_processes()} "
             "processes; choose a multiple."
         )
+    own_batch_size = data.batch_size // num_processes()
+    side = max([data.image_size, *data.image_sizes])
+    # Batches of training wait in memory while images are evaluated.
+    batches = (own_batch_size, side, side), (1, data.image_size, 2 * data.image_size)
+    workers = fit_workers(choose_workers(args.workers), *batches)
 
     # Data
     train_set = TrainingSet(
@@ -161,7 +160,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
     first = training_run.iteration
     sampler = TrainingSampler(
         len(train_set),
-        data.batch_size // num_processes(),
+        own_batch_size,
         settings.optimization.max_iters,
         start=first,
         seed=data.seed,
@@ -169,13 +168,8 @@ def _train(args: argparse.Namespace, device: str) -> None:
         rank=rank(),
         num_processes=num_processes(),
     )
-    train_loader = torch.utils.data.DataLoader(
-        train_set,
-        batch_sampler=sampler,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=device != "cpu",
-        generator=torch.Generator(),  # the global one must not depend on the loader
+    train_loader = make_loader(
+        train_set, workers, batch_sampler=sampler, pin_memory=device != "cpu"
     )
     description.environment[-1] |= {
         "device": device,

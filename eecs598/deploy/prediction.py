@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from eecs598.data import LoadedImage
-from eecs598.runtime import atomic_write
+from eecs598.runtime import atomic_write, explained
 
 __all__ = ["class_color", "detect", "draw_detections", "picture_names", "to_json", "write_picture"]
 
@@ -45,19 +45,24 @@ def detect(
         For each image, in order, the image without its pixels, and its detections on the CPU: the
         same keys, boxes in pixels of the original and clipped to it. None where the image could
         not be read.
+
+    Raises:
+        RunError: memory is too small, or a process that loads images was killed.
     """
-    for batch in batches:
-        same_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-        for number, image in enumerate(batch):
-            if image.pixels is not None:
-                same_size.setdefault(image.pixels.shape, []).append((number, image.pixels))
-        found: dict[int, Detections] = {}
-        for (_, height, width), members in same_size.items():
-            images = torch.stack([pixels for _, pixels in members]).to(device)  # (B, 3, H, W)
-            for (number, _), detections in zip(members, predict(images), strict=True):
-                found[number] = _in_original(detections, batch[number], height, width)
-        for number, image in enumerate(batch):
-            yield image._replace(pixels=None), found.get(number)
+    with explained() as batch_shape:
+        for batch in batches:
+            same_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+            for number, image in enumerate(batch):
+                if image.pixels is not None:
+                    same_size.setdefault(image.pixels.shape, []).append((number, image.pixels))
+            found: dict[int, Detections] = {}
+            for (_, height, width), members in same_size.items():
+                batch_shape[:] = len(members), 3, height, width
+                images = torch.stack([pixels for _, pixels in members]).to(device)  # (B, 3, H, W)
+                for (number, _), detections in zip(members, predict(images), strict=True):
+                    found[number] = _in_original(detections, batch[number], height, width)
+            for number, image in enumerate(batch):
+                yield image._replace(pixels=None), found.get(number)
 
 
 def _in_original(

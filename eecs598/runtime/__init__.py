@@ -1,4 +1,4 @@
-"""Files, the software and hardware that made a result, distributed training."""
+"""Files, loader processes, errors and description of the machine, distributed training."""
 
 from eecs598.runtime.distributed import (
     any_process,
@@ -11,6 +11,7 @@ from eecs598.runtime.distributed import (
     rank,
 )
 from eecs598.runtime.environment import describe_environment, package_versions, processor_name
+from eecs598.runtime.errors import RunError, explain, explained
 from eecs598.runtime.files import (
     atomic_write,
     folder_lock,
@@ -19,15 +20,22 @@ from eecs598.runtime.files import (
     remove_unfinished,
     write_json,
 )
+from eecs598.runtime.loading import batches_of, fit_workers, make_loader
 
 __all__ = [
+    "RunError",
     "any_process",
     "atomic_write",
+    "batches_of",
     "broadcast_buffers",
     "describe_environment",
+    "explain",
+    "explained",
+    "fit_workers",
     "folder_lock",
     "gather",
     "is_main_process",
+    "make_loader",
     "mean_over_processes",
     "num_processes",
     "package_versions",

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "atomic_write",
@@ -82,8 +88,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(unfinished, "rb+") as file:
             os.fsync(file)  # the content must reach the disk before the new name does
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        # Python does not name the file of a write that fails, as on a full disk.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -97,41 +106,49 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other processes from entering this block for the same folder.
 
-    The lock is the file ``.lock`` in the folder. The lock of a process that was killed is ignored.
+    The lock is one of the operating system on the file ``.lock`` in the folder. It ends with its
+    process, however that ends, so there is no stale lock that two processes could take over at the
+    same time. Where there are no such locks (Windows, some network file systems), nothing is kept
+    out.
 
     Raises:
-        ValueError: another process on this machine holds the lock.
+        ValueError: another process holds the lock.
     """
     path = Path(folder) / ".lock"
-    try:
-        host, process = path.read_text(encoding="utf-8").split()
-        pid = int(process)
-    except (OSError, ValueError):
-        pass  # no lock, or none of ours
-    else:
-        if host == platform.node() and _is_running(pid):
-            raise ValueError(
-                f"process {pid} is working in {folder}. Wait for it, or stop it; if that is some "
-                f"other program, remove {path}."
-            )
-    path.write_text(f"{platform.node()} {os.getpid()}", encoding="utf-8")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    file = _open_locked(path)
+    if file is None:
+        holder = ""
+        with contextlib.suppress(OSError):  # it may leave in this moment
+            holder = path.read_text(encoding="utf-8")
+        raise ValueError(
+            f"{holder or 'another process'} is working in {folder}. Wait for it, or stop it."
+        )
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
-    """Return whether another process than this one has the id."""
-    if os.name != "posix":  # on Windows, os.kill would end the process
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+def _open_locked(path: Path) -> IO[str] | None:
+    """Open a file and lock it; None where another process holds the lock."""
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                return None
+        # The file may have been removed by its holder between the two calls.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
         Stateful,
         TrainingRun,
         TrainingStopped,
-        ignore_signals,
     )
     from eecs598.training.usage import UsageMeter, describe_usage
 
@@ -65,7 +64,6 @@ __all__ = [
     "ema",
     "find_state_dict",
     "from_recipe",
-    "ignore_signals",
     "learning_rate_factor",
     "load_checkpoint",
     "load_weights_file",
@@ -101,7 +99,6 @@ _MODULES = {
     "Stateful": "run",
     "TrainingRun": "run",
     "TrainingStopped": "run",
-    "ignore_signals": "run",
     "UsageMeter": "usage",
     "describe_usage": "usage",
 }

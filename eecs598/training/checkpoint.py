@@ -52,8 +52,15 @@ def save_checkpoint(
         classes: class names in the order of their ids.
         more: further entries, such as the iteration.
     """
-    with atomic_write(path) as unfinished:
-        torch.save({"model": model, "settings": settings, "classes": classes, **more}, unfinished)
+    content = {"model": model, "settings": settings, "classes": classes, **more}
+    with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # On a full disk, PyTorch hides the error of the file behind one of its own.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -69,9 +70,16 @@ class TrainingLogger:
         """Return the logger; the progress bar is closed at the end of the block."""
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        """Close the progress bar."""
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Close the progress bar, and after an error write the history as far as it is known."""
         self.bar.close()
+        if error is None or self.run is None:
+            return
+        with contextlib.suppress(Exception):  # the device or the disk may be what failed
+            if num_processes() == 1:  # the others do not make this call
+                self.flush()
+        with contextlib.suppress(OSError):
+            self.run.write_history(self.history)
 
     def restart_clock(self) -> None:
         """Measure the speed from here on."""
@@ -109,7 +117,8 @@ class TrainingLogger:
         names = list(self.pending[0].losses)
         values = torch.stack([torch.stack(list(s.losses.values())) for s in self.pending])
         rows = mean_over_processes(values).tolist()
-        for step, row in zip(self.pending, rows, strict=True):
+        pending, self.pending = self.pending, []
+        for step, row in zip(pending, rows, strict=True):
             parts = dict(zip(names, row, strict=True))
             if not all(map(math.isfinite, row)):
                 if self.run is not None:
@@ -124,7 +133,6 @@ class TrainingLogger:
             entry = {"iteration": step.iteration, "lr": step.learning_rate, **parts}
             for name, value in entry.items():
                 self.history.setdefault(name, []).append(value)
-        self.pending.clear()
         return self.history
 
     def log(self) -> None:

@@ -10,9 +10,11 @@ loss.png            losses and validation mAP over the iterations
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +27,10 @@ import torch
 from torch import nn
 
 from eecs598.runtime import (
+    RunError,
     any_process,
     atomic_write,
+    explained,
     is_main_process,
     remove_unfinished,
     write_json,
@@ -45,7 +49,6 @@ __all__ = [
     "Stateful",
     "TrainingRun",
     "TrainingStopped",
-    "ignore_signals",
 ]
 
 # Name -> one number per iteration: "iteration", "lr", "loss", and each part of the loss.
@@ -403,6 +406,20 @@ class TrainingRun:
             return f"The last good checkpoint is {self.checkpoint_path}."
         return "There is no checkpoint yet."
 
+    @contextmanager
+    def explaining_errors(self) -> Iterator[list[int]]:
+        """Within the block, let errors say what to go back to; see ``explained``, too."""
+        try:
+            with explained() as batch_shape:
+                yield batch_shape
+        except RunError as error:
+            raise RunError(f"{error} {self.last_good()}") from error.__cause__
+        except (TrainingStopped, FloatingPointError):  # their messages have it
+            raise
+        except Exception:
+            print(f"fcos: the training run failed. {self.last_good()}", file=sys.stderr)
+            raise
+
     # ----------------------------------------------------------------------------------------
     # History
     # ----------------------------------------------------------------------------------------
@@ -415,8 +432,16 @@ class TrainingRun:
 
     def _append(self, entries: Iterable[Mapping[str, float]]) -> None:
         entries = list(entries)
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(_json_lines(entries))
+        path, lines = self.folder / "history.jsonl", _json_lines(entries).encode()
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = file.write(lines)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            if written < len(lines):
+                file.truncate(size)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if self._tensorboard is not None:
             for entry in entries:
                 for name in entry.keys() - {"iteration"}:
@@ -452,15 +477,6 @@ class TrainingRun:
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def ignore_signals(_worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a process that loads data.
-
-    Signals are often sent to all processes; this one is ended by the process that trains.
-    """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _load_training(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -43,21 +44,55 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
 
 
-def test_a_folder_is_locked_against_a_running_process_only(tmp_path):
-    lock = tmp_path / ".lock"
-    parent = f"{platform.node()} {os.getppid()}"
-    lock.write_text(parent)
-    with (
-        pytest.raises(ValueError, match=f"process {os.getppid()} is working"),
-        folder_lock(tmp_path),
-    ):
-        pass
-    assert lock.read_text() == parent
-    for other in (f"{platform.node()} {2**22 + 1}", f"elsewhere {os.getppid()}", "a b", ""):
-        lock.write_text(other)
-        with folder_lock(tmp_path):
-            assert lock.read_text() == f"{platform.node()} {os.getpid()}"
-        assert not lock.exists()
+HOLD = """
+import os, sys, time
+from eecs598.runtime.files import folder_lock
+sys.stdin.readline()  # all of them start at the same moment
+for _ in range(int(sys.argv[2])):
+    try:
+        with folder_lock(sys.argv[1]):
+            os.mkdir(sys.argv[1] + "/inside")  # fails if another one is inside
+            os.rmdir(sys.argv[1] + "/inside")
+            if len(sys.argv) > 3:
+                print("inside", flush=True)
+                time.sleep(60)
+    except ValueError as error:
+        assert "is working in" in str(error), error
+"""
+
+
+def holder(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-c", HOLD, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_a_folder_is_locked_until_its_process_ends_however_it_does(tmp_path):
+    (tmp_path / ".lock").write_text("left by someone")
+    with holder(tmp_path, 1, "wait") as process:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "inside\n"
+        words = f"process {process.pid} on {platform.node()} is working in"
+        with pytest.raises(ValueError, match=re.escape(words)), folder_lock(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+    assert (tmp_path / ".lock").exists()
+    with folder_lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_two_processes_never_get_a_lock_at_the_same_time(tmp_path):
+    """Both enter and leave thousands of times: a lock that is removed is soon made again."""
+    processes = [holder(tmp_path, 3000) for _ in range(2)]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_json(tmp_path):
