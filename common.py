@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from eecs598.data import IGNORED
 from eecs598.training import find_state_dict, load_weights_file
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class Detector(Protocol):
 
         Args:
             images: ``(B, 3, H, W)``.
-            gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id; rows of -1 are padding.
+            gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id; rows of -1 are padding. Boxes with
+                ``IGNORED`` (-2) for a class id should be taught neither as objects nor as
+                background. There are none unless a training set is asked for them.
 
         Returns:
             Scalars by name; their sum is minimized.
@@ -729,7 +732,8 @@ def check_training_batch(images: Tensor, gt_boxes: Tensor, num_classes: int) -> 
 
     Args:
         images: ``(B, 3, H, W)``, finite.
-        gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id; rows of -1 are padding.
+        gt_boxes: ``(B, M, 5)``: x1, y1, x2, y2, class id, which may be ``IGNORED``; rows of -1 are
+            padding.
         num_classes: class ids have to be below it.
 
     Raises:
@@ -742,13 +746,13 @@ def check_training_batch(images: Tensor, gt_boxes: Tensor, num_classes: int) -> 
             "x1, y1, x2, y2, class id, padded with rows of -1."
         )
     classes = gt_boxes[..., 4]
-    if (classes >= num_classes).any() or (classes < -1).any() or (classes % 1 != 0).any():
+    if (classes >= num_classes).any() or (classes < IGNORED).any() or (classes % 1 != 0).any():
         raise ValueError(
             f"gt_boxes contain class ids from {classes.min():g} to {classes.max():g}; a detector "
-            f"of num_classes={num_classes} expects whole numbers 0..{num_classes - 1}, and -1 for "
-            "padding. Build it with as many classes as the data has."
+            f"of num_classes={num_classes} expects whole numbers 0..{num_classes - 1}, -1 for "
+            "padding and -2 for boxes to ignore. Build it with as many classes as the data has."
         )
-    boxes = gt_boxes[classes >= 0][:, :4]
+    boxes = gt_boxes[classes != -1][:, :4]
     reversed_sides = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
     if not torch.isfinite(boxes).all() or reversed_sides.any():
         raise ValueError(

@@ -38,6 +38,7 @@ from common import (
     class_spec_nms,
     get_fpn_location_coords,
 )
+from eecs598.data import IGNORED
 from eecs598.runtime import mean_over_processes
 
 __all__ = [
@@ -212,12 +213,15 @@ def fcos_match_locations_to_gt(
     Args:
         locations_per_fpn_level: ``(N, 2)`` of each level.
         strides_per_fpn_level: stride of each level.
-        gt_boxes: ``(M, 5)`` boxes of one image with class ids; rows of -1 are padding.
+        gt_boxes: ``(M, 5)`` boxes of one image with class ids; rows of -1 are padding. A class id
+            of ``IGNORED`` (-2) marks a region to ignore.
         center_radius: a location also has to lie within this many strides of the center of the
             box, in x and in y (center sampling, paper, table 3). No limit unless given.
 
     Returns:
-        Per level ``(N, 5)``: the matched box and its class id, background rows are -1.
+        Per level ``(N, 5)``: the matched box and its class id, background rows are -1. Locations
+        strictly inside a region to ignore that match no box are background rows, too, with
+        ``IGNORED`` for a class id.
 
     Raises:
         ValueError: boxes that are not ``(M, 5)``.
@@ -285,8 +289,10 @@ def _match_locations(
 
     distances = _distances(locations[:, None], gt_boxes[:, None])  # (B, N, M, 4)
     largest = distances.amax(dim=-1)  # (B, N, M)
-    matches = (distances.amin(dim=-1) > 0) & (largest > lower) & (largest < upper)
-    matches &= gt_boxes[:, None, :, 4] >= 0  # padding matches nothing
+    inside = distances.amin(dim=-1) > 0
+    classes = gt_boxes[:, None, :, 4]  # (B, 1, M)
+    matches = inside & (largest > lower) & (largest < upper)
+    matches &= classes >= 0  # padding matches nothing
     if center_radius is not None:
         # left - right is twice the distance to the center in x, top - bottom in y.
         from_center = 0.5 * (distances[..., :2] - distances[..., 2:]).abs().amax(dim=-1)
@@ -296,7 +302,12 @@ def _match_locations(
     areas = areas[:, None].masked_fill(~matches, math.inf)  # (B, N, M)
     smallest, index = areas.min(dim=-1)  # (B, N)
     matched = gt_boxes.gather(1, index[..., None].expand(-1, -1, 5))  # (B, N, 5)
-    return matched.masked_fill((smallest == math.inf)[..., None], -1.0)
+    background = smallest == math.inf
+    matched = matched.masked_fill(background[..., None], -1.0)
+    # On every level, since a detection of any level may be of the ignored object.
+    ignored = background & (inside & (classes == IGNORED)).any(dim=-1)  # (B, N)
+    matched[..., 4].masked_fill_(ignored, IGNORED)
+    return matched
 
 
 def fcos_get_deltas_from_locations(
@@ -405,7 +416,8 @@ class LocationTargets(NamedTuple):
     Attributes:
         locations: ``(N, 2)``.
         strides: ``(N, 1)``, of the location's level.
-        boxes: ``(B, N, 5)``: the matched box and its class id, ``B_i`` and ``c*`` of the paper.
+        boxes: ``(B, N, 5)``: the matched box and its class id, ``B_i`` and ``c*`` of the paper. A
+            class id of ``IGNORED`` marks background that gets no loss.
         deltas: ``(B, N, 4)``: ``t*``, equation 1, in strides.
         centerness: ``(B, N)``: equation 3.
     """
@@ -529,7 +541,8 @@ class FCOSLoss:
 
     Classes have the focal loss at every location (arXiv 1708.02002, equation 5, with alpha 0.25
     and gamma 2), boxes a loss of ``BOX_LOSSES`` and centerness binary cross entropy (section 3.3)
-    at foreground locations. Where equation 2 divides by the number of foreground locations in
+    at foreground locations. Background locations in a region to ignore have no loss at all. Where
+    equation 2 divides by the number of foreground locations in
     the batch, the assignment divides by a moving average of it. All losses have weight 1.
 
     Args:
@@ -562,7 +575,8 @@ class FCOSLoss:
 
         Args:
             outputs: of ``FCOS.network_outputs``.
-            gt_boxes: ``(B, M, 5)``, rows of -1 are padding.
+            gt_boxes: ``(B, M, 5)``, rows of -1 are padding, class ids of ``IGNORED`` mark regions
+                to ignore.
             normalizer: scalar, the moving average of foreground locations per image. It is updated
                 in place, as ``F.batch_norm`` does with its running statistics.
 
@@ -576,8 +590,10 @@ class FCOSLoss:
         classes = torch.arange(class_logits.shape[-1], device=class_logits.device)
         target_classes = (targets.boxes[..., 4:] == classes).to(class_logits)  # (B, N, C), one-hot
         background = targets.boxes[..., 4] < 0  # (B, N)
+        ignored = targets.boxes[..., 4:] == IGNORED  # (B, N, 1)
 
         loss_cls = sigmoid_focal_loss(class_logits, target_classes, alpha=0.25, gamma=2.0)
+        loss_cls = loss_cls.masked_fill(ignored, 0.0)
         loss_box = BOX_LOSSES[self.box_loss](deltas, targets)  # (B, N, 4) or (B, N, 1)
         quality = QUALITY_TARGETS[self.quality](deltas, targets)  # (B, N)
         loss_ctr = F.binary_cross_entropy_with_logits(centerness_logits, quality, reduction="none")
@@ -875,7 +891,8 @@ class FCOS(nn.Module):
 
         Args:
             images: ``(B, 3, H, W)``; in evaluation B is 1.
-            gt_boxes: ``(B, M, 5)`` for training, rows of -1 are padding.
+            gt_boxes: ``(B, M, 5)`` for training, rows of -1 are padding; class ids of ``IGNORED``
+                (-2) mark regions that are not taught as background.
             test_score_thresh: detections score above it; 0.4 unless given.
             test_nms_thresh: IoU above which the lower of two detections of a class is dropped;
                 0.6 unless given.

@@ -123,6 +123,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
         data.augment,
         image_sizes=data.image_sizes,
         cache=args.cache,
+        ignore_difficult=data.ignore_difficult,
     )
     val_set = VOC2007DetectionTiny(
         description.data, "val", image_size=data.image_size, classes=names, cache=args.cache

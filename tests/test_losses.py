@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
 
 from common import get_fpn_location_coords
+from eecs598.data import IGNORED
 from eecs598.grad import compute_numeric_gradient, rel_error
 from one_stage_detector import (
     BOX_LOSSES,
@@ -261,3 +262,73 @@ def test_settings_out_of_range():
         make_fcos(quality="area")
     with pytest.raises(ValueError, match="center_radius=0"):
         make_fcos(center_radius=0)
+
+
+# --------------------------------------------------------------------------------------------
+# Regions to ignore
+# --------------------------------------------------------------------------------------------
+
+
+def class_gradients(*rows: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    """Locations (N, 2), gradients (N, C) of the class logits and (N, 4) of the deltas, losses."""
+    locations = get_fpn_location_coords(
+        {"p3": (1, 8, 12, 16), "p4": (1, 8, 6, 8), "p5": (1, 8, 3, 4)}, STRIDES
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def predictions(channels: int) -> dict[str, torch.Tensor]:
+        return {
+            level: torch.randn(1, len(points), channels, generator=generator).requires_grad_()
+            for level, points in locations.items()
+        }
+
+    outputs = NetworkOutputs(locations, predictions(3), predictions(4), predictions(1))
+    losses = FCOSLoss(STRIDES)(outputs, pad(*rows)[None], torch.tensor(150.0))
+    sum(losses.values()).backward()
+    points = torch.cat(list(locations.values()))
+    gradients = [
+        torch.cat([values.grad[0] for values in predicted.values()])
+        for predicted in (outputs.class_logits, outputs.deltas)
+    ]
+    return points, *gradients, losses
+
+
+def test_locations_in_a_region_to_ignore_have_no_loss_unless_they_match_an_object():
+    region, dog = [20.0, 12, 100, 84], [44.0, 36, 124, 90]
+    points, plain, plain_boxes, _ = class_gradients([*dog, 2])
+    _, ignoring, boxes, _ = class_gradients([*dog, 2], [*region, IGNORED])
+    in_region = ((points > torch.tensor(region[:2])) & (points < torch.tensor(region[2:]))).all(1)
+    matched = plain_boxes.abs().sum(1) > 0
+    assert (in_region & matched).any() and (in_region & ~matched).any()
+    assert (ignoring[in_region & ~matched] == 0).all()  # on every level
+    assert (plain != 0).all()
+    trained = ~in_region | matched
+    assert torch.equal(ignoring[trained], plain[trained])
+    assert torch.equal(boxes, plain_boxes)
+
+
+def test_without_a_region_to_ignore_nothing_changes():
+    """A region that no location lies in leaves every bit."""
+    dog = [44.0, 36, 124, 90, 2]
+    _, plain, _, losses = class_gradients(dog)
+    _, other, _, other_losses = class_gradients(dog, [5.0, 5, 7, 7, IGNORED])
+    assert torch.equal(plain, other) and losses == other_losses
+
+
+def test_matching_marks_regions_to_ignore():
+    locations = {"p3": torch.tensor([[4.0, 4.0], [12.0, 4.0], [20.0, 4.0], [28.0, 4.0]])}
+    boxes = torch.tensor([[0.0, 0, 16, 8, 1], [8.0, 0, 28, 8, IGNORED]])
+    matched = fcos_match_locations_to_gt(locations, {"p3": 8}, boxes)["p3"]
+    # The second is in both, the last on the region's side.
+    assert matched[:2].tolist() == [[0, 0, 16, 8, 1]] * 2
+    assert matched[2:].tolist() == [[-1, -1, -1, -1, IGNORED], [-1.0] * 5]
+
+
+def test_regions_to_ignore_are_checked_as_boxes_are():
+    detector = make_fcos().train()
+    images = torch.rand(1, 3, 64, 64)
+    assert detector(images, pad([8.0, 8, 40, 40, IGNORED])[None])["loss_box"] == 0
+    with pytest.raises(ValueError, match="x2 < x1"):
+        detector(images, pad([40.0, 8, 8, 40, IGNORED])[None])
+    with pytest.raises(ValueError, match="class ids from -3"):
+        detector(images, pad([8.0, 8, 40, 40, -3])[None])

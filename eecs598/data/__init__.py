@@ -20,7 +20,7 @@ from eecs598.data.images import (
     to_pixels,
     unnormalize,
 )
-from eecs598.data.index import Instance, class_names, load_index, load_instances
+from eecs598.data.index import IGNORED, Instance, class_names, load_index, load_instances
 from eecs598.data.sampling import Sample, TrainingSampler
 from eecs598.data.shapes import CLASSES as SHAPES_CLASSES
 from eecs598.data.shapes import shapes_folder, write_shapes
@@ -39,6 +39,7 @@ __all__ = [
     "AUGMENTATIONS",
     "AnnotatedImages",
     "Augmentation",
+    "IGNORED",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "ImageCache",

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from eecs598.data import coco, voc
 
-__all__ = ["Instance", "class_names", "data_layout", "load_index", "load_instances"]
+__all__ = [
+    "IGNORED",
+    "Instance",
+    "class_names",
+    "data_layout",
+    "load_index",
+    "load_instances",
+]
+
+# Stands for the class id of a box that is neither taught as an object nor as background.
+IGNORED = -2.0
 
 
 class Instance(NamedTuple):
@@ -46,6 +56,13 @@ class Instance(NamedTuple):
     def ordinary(self) -> Tensor:
         """The boxes that are not difficult: all that the course's index has."""
         return self.boxes[~self.difficult]
+
+    @property
+    def with_ignored(self) -> Tensor:
+        """All boxes; those that are difficult have ``IGNORED`` for a class id."""
+        rows = self.boxes.clone()
+        rows[self.difficult, 4] = IGNORED
+        return rows
 
 
 def data_layout(

@@ -47,9 +47,11 @@ class AnnotatedImages:
         cache_originals: keep the images at the size of their files. By default the cache keeps
             resized images, which take less memory, and ``original`` always reads the file.
         max_cache_bytes: limit of the cache; images beyond it are read from their files each time.
+        ignore_difficult: give difficult objects, too, with ``IGNORED`` for a class id.
 
     Raises:
-        ValueError: with ``cache``, an image file can't be read.
+        ValueError: with ``cache``, an image file can't be read; with ``ignore_difficult``, it is
+            not known which objects are difficult.
     """
 
     def __init__(
@@ -60,9 +62,20 @@ class AnnotatedImages:
         cache: bool = False,
         cache_originals: bool = False,
         max_cache_bytes: int = MAX_CACHE_BYTES,
+        ignore_difficult: bool = False,
     ) -> None:
         self.instances, self.image_size = list(instances), image_size
-        self._boxes = [instance.ordinary for instance in self.instances]
+        unknown = [i.path for i in self.instances if not i.difficult_known]
+        if ignore_difficult and unknown:
+            raise ValueError(
+                f"ignore_difficult: of {len(unknown)} images, the first {unknown[0]}, it is not "
+                "known which objects are difficult, since the course's index leaves them out; add "
+                "the devkit's Annotations folder, or train without it."
+            )
+        self._boxes = [
+            instance.with_ignored if ignore_difficult else instance.ordinary
+            for instance in self.instances
+        ]
         self.max_boxes = max(map(len, self._boxes), default=0)
         self.cache: ImageCache | None = None
         self._cache_originals = cache_originals
@@ -139,9 +152,10 @@ class TrainingSet(Dataset[Item]):
         image_sizes: the sizes that the sampler chooses from, where batches differ in size.
         cache: keep decoded images in memory, see ``AnnotatedImages``.
         max_cache_bytes: limit of the cache.
+        ignore_difficult: see ``AnnotatedImages``.
 
     Raises:
-        ValueError: an augmentation is not known, or with ``cache`` an image file can't be read.
+        ValueError: an augmentation is not known, or as ``AnnotatedImages``.
     """
 
     def __init__(
@@ -153,6 +167,7 @@ class TrainingSet(Dataset[Item]):
         image_sizes: Sequence[int] = (),
         cache: bool = False,
         max_cache_bytes: int = MAX_CACHE_BYTES,
+        ignore_difficult: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -164,6 +179,7 @@ class TrainingSet(Dataset[Item]):
             # Augmentations and several sizes start from the originals.
             cache_originals=bool(augment or image_sizes),
             max_cache_bytes=max_cache_bytes,
+            ignore_difficult=ignore_difficult,
         )
         # A mosaic shows four images.
         self.max_boxes = self.images.max_boxes * (4 if "mosaic" in augment else 1)

@@ -120,6 +120,9 @@ class DataSettings(_Group):
     augment: tuple[Literal["flip", "zoom", "iou_crop", "photometric", "mosaic"], ...] = _setting(
         (), "augmentations of the training images"
     )
+    ignore_difficult: bool = _setting(
+        False, "difficult objects and crowd regions are not taught as background"
+    )
     seed: int = _setting(
         0, "of the order of the images, their augmentation and the random weights", at_least=0
     )

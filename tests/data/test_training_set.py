@@ -11,7 +11,7 @@ from PIL import Image
 from a4_helper import VOC2007DetectionTiny
 from eecs598.data import training_set
 from eecs598.data.augment import AUGMENTATIONS
-from eecs598.data.index import Instance, load_instances
+from eecs598.data.index import IGNORED, Instance, load_instances
 from eecs598.data.sampling import Sample
 from eecs598.data.training_set import AnnotatedImages, TrainingSet, crop_center, make_item
 
@@ -170,3 +170,30 @@ def test_an_image_of_another_size_than_its_annotation_says_is_refused(small_voc,
     assert path in str(caught.value)
     with pytest.raises(ValueError, match="but its annotation is for 97 x 64"):
         TrainingSet(instances, 64, cache=True)
+
+
+@pytest.mark.parametrize("augment", [(), ("flip",), ("zoom",), ("iou_crop",), AUGMENTATIONS])
+def test_difficult_objects_are_regions_to_ignore_if_asked_for(tmp_path, augment):
+    """What is white lies under ignored boxes, in every way an image is made."""
+    picture = Image.new("RGB", (96, 64))
+    picture.paste((255, 255, 255), (24, 8, 72, 56))
+    picture.save(tmp_path / "x.png")
+    boxes = torch.tensor([[0.0, 0, 96, 64, 1], [24.0, 8, 72, 56, 0]])
+    instance = Instance(tmp_path / "x.png", boxes, torch.tensor([False, True]), (64, 96))
+    shown = 0
+    for seed in range(8):
+        sample = Sample(0, seed, None)
+        _, image, rows = TrainingSet([instance], 64, augment, ignore_difficult=True)[sample]
+        assert len(rows) == 2 * (4 if "mosaic" in augment else 1)
+        ignored = rows[rows[:, 4] == IGNORED]
+        assert set(rows[:, 4].tolist()) <= {-1.0, IGNORED, 1.0}
+        for x1, y1, x2, y2 in ignored[:, :4].round().int().tolist():
+            middle = image[:, (y1 + y2) // 2, (x1 + x2) // 2]
+            assert (middle > 1.5).all() or "photometric" in augment
+        shown += len(ignored)
+        _, _, rows = TrainingSet([instance], 64, augment)[sample]
+        assert set(rows[:, 4].tolist()) <= {-1.0, 1.0} and len(rows) in (1, 4)
+    assert shown >= 4
+    unknown = instance._replace(difficult_known=False)
+    with pytest.raises(ValueError, match=r"ignore_difficult: of 1 images, the first .*x\.png"):
+        TrainingSet([unknown], 64, augment, ignore_difficult=True)
