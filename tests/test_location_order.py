@@ -92,7 +92,7 @@ class SmallStages(nn.Sequential):
 
 
 def test_a_trained_detector_finds_objects_that_lie_only_off_the_diagonal(monkeypatch):
-    monkeypatch.setattr("common._build_backbone", lambda name, weights: SmallStages())
+    monkeypatch.setattr("common._build_backbone", lambda *_: SmallStages())
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
     side = 96

@@ -269,7 +269,7 @@ def test_a_mirrored_detector_is_called_out(shapes, monkeypatch, mirrored):
     What it learns is as good as it can get: mirroring its boxes back does not help, and the
     validation images are not square. Where its detections lie tells all the same.
     """
-    monkeypatch.setattr("common._build_backbone", lambda name, weights: SmallStages())
+    monkeypatch.setattr("common._build_backbone", lambda *_: SmallStages())
     if mirrored:
         monkeypatch.setattr(
             "one_stage_detector._flatten_x_major", lambda maps: maps.flatten(2).transpose(1, 2)
