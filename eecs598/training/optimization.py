@@ -38,7 +38,13 @@ class _HasBackbone(Protocol):
 
 
 def _sgd(groups: Iterable[dict[str, Any]], **common: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, momentum=0.9, **common)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, **common)
+    # The fused kernel fills the buffers in the first step. Where that is skipped, because scaled
+    # gradients overflowed, PyTorch would go on with whatever was in that memory.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

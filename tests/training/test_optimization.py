@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -58,6 +60,23 @@ def test_a_model_that_does_not_tell_its_backbone():
 def test_schedules_with_warm_up(schedule, expected):
     factor = learning_rate_factor(schedule, 3, 10)
     assert [factor(step) for step in range(10)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_first_step_that_overflows_leaves_nothing_behind(name, monkeypatch):
+    """With SGD, PyTorch then takes unused memory, here NaN, for the momentum."""
+    monkeypatch.setattr(torch, "empty_like", lambda each, **_: torch.full_like(each, math.nan))
+    models = [nn.Linear(2, 1, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, gradients in zip(models, [(math.inf, 3.0, 1.0), (3.0, 1.0)], strict=True):
+        optimizer = make_optimizer(model, name, 0.1, 0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0, backoff_factor=0.999999)
+        for gradient in gradients:
+            optimizer.zero_grad()
+            scaler.scale(gradient * model.weight.sum()).backward()
+            scaler.step(optimizer)
+            scaler.update(1.0)
+    torch.testing.assert_close(models[0].weight, models[1].weight)
 
 
 def test_the_moving_average_forgets_its_start():
