@@ -66,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fcos: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
+        # torchrun sends SIGTERM while a process is still giving up because another one failed.
+        failure = interrupt.__context__
+        if type(failure).__name__ == "RunError":
+            print(f"fcos: error: {failure}", file=sys.stderr)
         print("fcos: interrupted", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 

@@ -19,6 +19,7 @@ from a4_helper import (
 )
 from eecs598.data.voc import build_index
 from eecs598.metrics.average_precision import score_folder
+from tests.detectors import make_fcos
 
 CLASSES = ("cube", "dice")
 
@@ -351,3 +352,23 @@ def test_evaluation_wants_one_image_a_batch(val_loader):
     pairs = DataLoader(Subset(val_loader.dataset, [0, 2]), batch_size=2)
     with pytest.raises(ValueError, match="batch_size=1"):
         inference_with_detector(Toy(), pairs, val_loader.dataset.idx_to_class, 0.4, 0.5)
+
+
+def test_batches_are_cut_to_their_own_fullest_image():
+    """Rows of padding cost time in the step, and change nothing in its result."""
+    full = torch.full((2, 900, 5), -1.0)
+    full[0, 1] = torch.tensor([4.0, 4, 30, 30, 1])
+    full[1, 9] = torch.tensor([8.0, 2, 60, 50, 0])  # after rows that a crop removed
+    seen, histories = [], []
+    for gt_boxes in (full, full[:, :10]):
+        detector = make_fcos()
+        forward = detector.forward
+        detector.forward = lambda images, boxes, forward=forward: (
+            seen.append(boxes.shape) or forward(images, boxes)
+        )
+        loader = [(["a", "b"], torch.ones(2, 3, 64, 64), gt_boxes)]
+        histories.append(train_detector(detector, loader, max_iters=2, log_period=2))
+    assert seen == [(2, 16, 5)] * 2 + [(2, 10, 5)] * 2  # multiples of 8, or all that there is
+    assert histories[0] == histories[1]
+    empty = [(["a"], torch.ones(1, 3, 64, 64), torch.full((1, 40, 5), -1.0))]
+    train_detector(make_fcos(), empty, max_iters=1)

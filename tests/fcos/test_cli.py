@@ -377,3 +377,12 @@ def test_cuda_without_a_gpu(run_folder, capsys):
     arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--device", "cuda"]
     assert cli.main([*arguments, "--data", str(run_folder / "shapes")]) == 2
     assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_download_that_fails_everywhere_is_a_sentence(tmp_path, monkeypatch, capsys):
+    from eecs598.data import voc_download
+
+    defaults = {**voc_download.download_voc2007.__kwdefaults__, "sources": ["no url"], "retries": 1}
+    monkeypatch.setattr(voc_download.download_voc2007, "__kwdefaults__", defaults)
+    assert cli.main(["data", "voc2007", str(tmp_path / "voc")]) == 2
+    assert "could not download the VOC 2007 archive" in capsys.readouterr().err
