@@ -266,6 +266,11 @@ def read_split(root: str | os.PathLike[str], split: str) -> list[str]:
     ids = [re.sub(r"\s+(-1|0|1)$", "", line.strip()) for line in lines if line.strip()]
     if not ids:
         raise ValueError(f"{path} is empty; expected one image id per line")
+    if absolute := [image_id for image_id in ids if os.path.isabs(image_id)]:
+        raise ValueError(
+            f"{path} lists {absolute[0]!r}; expected the names of the files in JPEGImages, without "
+            "folder and suffix"
+        )
     return ids
 
 
@@ -388,8 +393,8 @@ def load_annotations(
     """
     root = Path(os.path.abspath(root))
     images = [_with_xml(image) for image in _read_images(root, split)]
-    missing = [image.path for image in images if not image.path.is_file()] if require_images else []
-    if missing:
+    missing = [image.path for image in images if not os.path.isfile(image.path)]
+    if missing and require_images:
         raise ValueError(
             f"{len(missing)} of the {len(images)} image files of split {split!r} are missing, the "
             f"first is {missing[0]}. Complete the data folder {root}"
@@ -399,8 +404,9 @@ def load_annotations(
 
 def _with_xml(image: ImageAnnotation) -> ImageAnnotation:
     """Complete an image of the JSON index from its XML file, if there is one."""
+    # Unlike Path.is_file, os.path.isfile also answers for names that no file can have.
     xml = image.path.parent.parent / "Annotations" / f"{image.path.stem}.xml"
-    if image.difficult_known or not xml.is_file():
+    if image.difficult_known or not os.path.isfile(xml):
         return image
     found = read_annotation(xml)
     given = [(item["name"], item["xyxy"]) for item in image.objects]

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _MARK = ".part"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -54,7 +56,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return json.loads(file.read())  # given bytes, it detects the encoding
+            data = file.read()
+        value = json.loads(data.decode(json.detect_encoding(data)))
+        if _SURROGATE.search(data):  # a half of a pair could be neither printed nor written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} can't be read as JSON: it is not in {error.encoding.upper()}: {error.reason} "

@@ -361,3 +361,10 @@ def test_json_in_another_encoding(tmp_path):
     path.write_bytes('{"images": "狗"}'.encode("gbk"))
     with pytest.raises(ValueError, match=r"train\.json can't be read as JSON: it is not in UTF-8"):
         coco.read_split(path, "train")
+    for name in ('"\\ud83d"', '"x\\uDE00"'):  # half of a character
+        path.write_text(f'{{"images": [{{"id": 1, "file_name": {name}}}]}}')
+        with pytest.raises(ValueError, match=r"train\.json can't be read as JSON: .*surrogates"):
+            coco.read_split(path, "train")
+    path.write_text('{"images": "\\ud83d\\ude00"}')
+    with pytest.raises(ValueError, match="no list 'categories'"):
+        coco.read_split(path, "train")

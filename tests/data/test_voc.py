@@ -324,6 +324,20 @@ def test_voc2007_class_names(voc2007_dir):
     assert len(voc.load_index(voc2007_dir, "val")) == len(voc.read_split(voc2007_dir, "val"))
 
 
+def test_a_list_of_paths_is_named(root):
+    path = root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt"
+    path.write_text("/data/JPEGImages/000001.jpg\n")
+    with pytest.raises(ValueError, match=r"train\.txt lists '/data/.*expected the names"):
+        voc.read_split(root, "train")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(root, name):
+    write_json(root, [[f"./here/JPEGImages/{name}.jpg", []]])
+    with pytest.raises(ValueError, match="1 of the 1 image files .* are missing"):
+        voc.load_index(root, "train")
+
+
 # ---------------------------------------------------------------------------------------
 # Encodings
 # ---------------------------------------------------------------------------------------
