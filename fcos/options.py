@@ -16,6 +16,7 @@ __all__ = [
     "EVAL_NMS_THRESH",
     "EVAL_SCORE_THRESH",
     "add_backbone_option",
+    "add_check_option",
     "add_detection_options",
     "add_json_option",
     "add_machine_options",
@@ -136,6 +137,16 @@ def add_backbone_option(parser: argparse._ActionsContainer, text: str = "") -> N
 def add_json_option(parser: argparse.ArgumentParser, text: str) -> None:
     """Add ``--json FILE``; ``text`` says what is written there."""
     parser.add_argument("--json", type=_output_file, metavar="FILE", help=text)
+
+
+def add_check_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--no-check``."""
+    parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="start although the data has errors, see fcos data check",
+    )
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos.data import describe_contents, generated_shapes
+from fcos.data import check_before_training, choose_data, describe_contents
 from fcos.evaluate import evaluate
 from fcos.options import (
+    add_check_option,
     add_machine_options,
     add_settings,
     choose_device,
@@ -61,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", action="store_true", help="keep the images in memory (up to 4 GB per split)"
     )
+    add_check_option(parser)
     add_machine_options(parser)
     add_settings(parser)
 
@@ -202,7 +204,6 @@ def _train(args: argparse.Namespace, device: str) -> None:
 
 def _new_run(args: argparse.Namespace) -> RunDescription:
     """Decide on settings, data and folder of a new run, and make the folder."""
-    from eecs598.data import class_names
     from eecs598.runtime import describe_environment, gather, is_main_process
     from eecs598.training import RunDescription, from_recipe
     from fcos.fine_tuning import with_architecture
@@ -211,8 +212,7 @@ def _new_run(args: argparse.Namespace) -> RunDescription:
     settings = from_recipe(recipe, **with_architecture(given_settings(args)))
     description = None
     if is_main_process():
-        data = os.path.abspath(args.data if args.data is not None else generated_shapes())
-        names = class_names(data)
+        data, names = choose_data(args, settings)
         out = args.out or f"runs/{Path(data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
         description = RunDescription(
             out=make_empty_folder(Path(out), "--out"),
@@ -238,6 +238,7 @@ def _resumed_run(args: argparse.Namespace) -> RunDescription:
     description.change(args.recipe, given_settings(args))
     if args.data is not None:  # the same data may be in another folder now
         description.data = os.path.abspath(args.data)
+    check_before_training(description.data, description.settings, args)
     print(f"going on with {description.out}")
     description.environment.append(describe_environment())
     return description

@@ -1,7 +1,8 @@
 """Data: read VOC or COCO annotations, load and augment images, sample batches."""
 
 from eecs598.data.augment import AUGMENTATIONS, Augmentation
-from eecs598.data.check import check_data, format_report
+from eecs598.data.check import check_data
+from eecs598.data.check_report import DataReport, format_problems, format_report
 from eecs598.data.image_cache import ImageCache
 from eecs598.data.images import (
     IMAGENET_MEAN,
@@ -21,6 +22,7 @@ from eecs598.data.images import (
     unnormalize,
 )
 from eecs598.data.index import IGNORED, Instance, class_names, load_index, load_instances
+from eecs598.data.locations import Level
 from eecs598.data.sampling import Sample, TrainingSampler
 from eecs598.data.shapes import CLASSES as SHAPES_CLASSES
 from eecs598.data.shapes import shapes_folder, write_shapes
@@ -42,10 +44,12 @@ __all__ = [
     "IGNORED",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "DataReport",
     "ImageCache",
     "ImageFiles",
     "Instance",
     "Item",
+    "Level",
     "LoadedImage",
     "MAX_CACHE_BYTES",
     "SHAPES_CLASSES",
@@ -59,6 +63,7 @@ __all__ = [
     "crop_center",
     "download_voc2007",
     "find_images",
+    "format_problems",
     "format_report",
     "load_index",
     "load_instances",

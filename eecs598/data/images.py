@@ -38,6 +38,7 @@ __all__ = [
     "normalize",
     "orientation_of",
     "read_annotated_image",
+    "read_header",
     "read_image",
     "shows_upright",
     "resize_shorter_side",
@@ -155,15 +156,29 @@ def read_annotated_image(path: str | os.PathLike, annotated: tuple[int, int] | N
     return _turned_upright(image) if is_upright else image
 
 
+def read_header(
+    path: str | os.PathLike, annotated: tuple[int, int] | None
+) -> tuple[tuple[int, int], int]:
+    """Return height and width of an image as stored, and its EXIF orientation.
+
+    No more than the header of the file is read. The orientation is looked for only where it
+    matters: where the annotation gives another size than the stored one; otherwise it is 1.
+
+    Raises:
+        ValueError: as ``read_image``, but pixels are not looked at.
+    """
+    with _opened(path) as image:
+        stored = image.height, image.width
+        return stored, 1 if annotated in (None, stored) else orientation_of(image)
+
+
 def annotated_size(path: str | os.PathLike, annotated: tuple[int, int] | None) -> tuple[int, int]:
     """Return height and width of what ``read_annotated_image`` reads, from the file's header.
 
     Raises:
         ValueError: as ``read_annotated_image``, but pixels are not looked at.
     """
-    with _opened(path) as image:
-        stored = image.height, image.width
-        orientation = 1 if annotated in (None, stored) else orientation_of(image)
+    stored, orientation = read_header(path, annotated)
     return stored[::-1] if shows_upright(path, stored, orientation, annotated) else stored
 
 

@@ -12,6 +12,7 @@ otherwise in VOC layout (``eecs598.data.voc``). Both give the same index::
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -127,8 +128,15 @@ def load_instances(
     """
     layout = data_layout(root, (split,))
     class_ids = {name: number for number, name in enumerate(classes)}
-    instances = []
-    for image in (coco if layout == "coco" else voc).load_annotations(root, split):
+    instances: list[Instance] = []
+    images = (coco if layout == "coco" else voc).load_annotations(root, split)
+    if twice := [path for path, count in Counter(i.path for i in images).items() if count > 1]:
+        raise ValueError(
+            f"split {split!r} of {root} lists {len(twice)} images more than once, the first is "
+            f"{twice[0]}. They would count more than once, in the mAP, too: list each image once, "
+            "with all its objects"
+        )
+    for image in images:
         rows, difficult = [], []
         for item in sorted(image.objects, key=lambda item: item["difficult"]):
             if item["name"] in class_ids:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from eecs598.data.check import DataReport, check_data, format_report
+from eecs598.data.check import check_data
+from eecs598.data.check_report import DataReport, format_report
+from eecs598.data.locations import Level
 
 SIZE = (96, 64)
 UPRIGHT, TURNED = 1, 6  # EXIF orientations
@@ -20,8 +23,11 @@ def picture(number: int) -> Image.Image:
     return Image.new("RGB", SIZE, (40 * number, 100, 200 - 30 * number))
 
 
+LEVELS = (Level(8, 0, 64), Level(16, 64, 128), Level(32, 128, math.inf))
+
+
 def check(root: Path, **options) -> DataReport:
-    return check_data(root, progress=False, **options)
+    return check_data(root, progress=False, **{"levels": LEVELS, **options})
 
 
 def kinds(report: DataReport) -> dict[str, int]:
@@ -230,8 +236,34 @@ FAULTS = [
         "t0.jpg: cube [5, 5, 30, 5] in 96 x 64",
         lambda r: add_object(r, "t0", "cube", 5, 5, 30, 5),
     ),
-    # At a shorter side of 224, 1 px of 64 is 3.5 px.
-    ("tiny", "warning", "cube [5, 5, 30, 6]", lambda r: add_object(r, "t0", "cube", 5, 5, 30, 6)),
+    # At a shorter side of 224, 2 px of 64 become 7: the cube lies between the locations at y = 20
+    # and 28, the dice around the one at 20.
+    (
+        "unseen",
+        "warning",
+        "cube: 1 of 3 at 224 px; 0 at 336, 0 at 448, 0 at 672, 0 at 896",
+        lambda r: (
+            add_object(r, "t0", "cube", 5, 6, 20, 8) or add_object(r, "t0", "dice", 5, 5, 9, 7)
+        ),
+    ),
+    (
+        "alike",
+        "warning",
+        "'Cube' 1 times, as in JPEGImages/t2.jpg; 'cube' 3 times, as in JPEGImages/t0.jpg",
+        lambda r: add_object(r, "t2", "Cube", 8, 8, 40, 40),
+    ),
+    (
+        "alike",
+        "warning",
+        "'di ce' 1 times, as in JPEGImages/t2.jpg; 'dice' 2 times, as in JPEGImages/t1.jpg",
+        lambda r: add_object(r, "t2", "di ce", 8, 8, 40, 40),
+    ),
+    (
+        "listed",
+        "error",
+        "t1.jpg: 3 times in train",
+        lambda r: (r / "ImageSets/Main/train.txt").write_text("t1\nt0\nt1\nt2\nt1\n"),
+    ),
     (
         "twice",
         "warning",
@@ -241,8 +273,8 @@ FAULTS = [
     (
         "unknown",
         "error",
-        "'Cube', 1 times in val, never in train",
-        lambda r: change(r, "v1", "<name>cube", "<name>Cube"),
+        "'cubes', 1 times in val, never in train",
+        lambda r: change(r, "v1", "<name>cube", "<name>cubes"),
     ),
     (
         "shared",
@@ -310,9 +342,43 @@ def test_split_without_objects(voc):
     assert format_report(report).endswith("Repair the errors before training.")
 
 
-def test_image_size_decides_what_is_tiny(voc):
-    assert kinds(check(voc, image_size=30)) == {"tiny": 1}  # 8 px of 64 become 3.75
-    assert kinds(check(voc, image_size=32)) == {}
+def test_image_size_decides_what_is_too_small(voc):
+    (problem,) = check(voc, image_size=8).problems
+    assert problem.kind == "unseen" and problem.count == 1
+    # Of the cubes, the smaller lies from 1 to 5, around the location at 4. The dice lies from
+    # (1.25, 2.5) to (3.25, 4.5); at 16 px it is from 5 to 9 in y, between the locations 4 and 12.
+    assert problem.examples == ["dice: 1 of 1 at 8 px; 0 at 12, 1 at 16, 0 at 24, 0 at 32"]
+    assert kinds(check(voc, image_size=224)) == {}
+    assert kinds(check(voc, image_size=8, levels=())) == {}
+    (problem,) = check(voc, splits=("val", "train"), image_size=8, levels=LEVELS[1:]).problems
+    assert [example.split(" at ")[0] for example in problem.examples] == [
+        "cube: 1 of 1",
+        "dice: 1 of 1",
+    ]
+
+
+def test_difficult_objects_have_class_names_too(voc):
+    add_object(voc, "t2", "CUBE", 8, 8, 40, 40)
+    change(voc, "t2", "<name>CUBE</name>", "<name>CUBE</name><difficult>1</difficult>")
+    assert kinds(check(voc)) == {"alike": 1}
+
+
+@pytest.mark.parametrize(("kind", "level", "says", "damage"), FAULTS)
+def test_the_cheap_check_says_the_same(voc, kind, level, says, damage):
+    damage(voc)
+    whole, cheap = check(voc), check(voc, decode=False)
+    needs_pixels = kind in ("shared", "orientation") or "pixels have" in says or "trunc" in says
+    if needs_pixels:
+        assert kind not in kinds(cheap)
+        return
+    assert cheap.problems == whole.problems
+    assert cheap.splits == whole.splits
+
+
+def test_the_cheap_check_is_fast(voc, monkeypatch):
+    """It decodes nothing; only headers are read."""
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("an image is decoded"))
+    assert kinds(check(voc, decode=False)) == {}
 
 
 def test_course_index_is_what_counts(voc):

@@ -29,7 +29,7 @@ SMALL += ["--fpn-channels", "8", "--stem", "8", "--workers", "0"]
 def run_folder(tmp_path_factory) -> Path:
     """A tiny set of shapes, and a run on it."""
     folder = tmp_path_factory.mktemp("fcos")
-    shapes = ["data", "shapes", str(folder / "shapes"), "--train", "6", "--val", "6"]
+    shapes = ["data", "shapes", str(folder / "shapes"), "--train", "12", "--val", "6"]
     assert cli.main(shapes) == 0
     train = ["train", "--data", str(folder / "shapes"), "--out", str(folder / "run"), *SMALL]
     assert cli.main(train) == 0
@@ -75,7 +75,7 @@ def test_train_leaves_what_it_says(run_folder):
     assert description["settings"] == checkpoint["settings"]
     assert description["recipe"] == "handout"
     contents = description["contents"]
-    assert contents["train"]["images"] == 6 and sum(contents["val"]["objects"].values()) > 6
+    assert contents["train"]["images"] == 12 and sum(contents["val"]["objects"].values()) > 6
     (environment,) = description["environment"]
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
     assert [environment[n] for n in ("device", "processes", "precision")] == ["cpu", 1, "float32"]
@@ -154,7 +154,7 @@ def test_resume_finds_the_latest_training(run_folder, monkeypatch, capsys):
     assert description["settings"]["run"]["eval_every"] == 7
     assert description["settings"]["run"]["checkpoint_every"] == 500
     (Path("moved") / "ImageSets/Main/train.txt").write_text("train_00000\n")
-    assert cli.main(["train", "--resume", "--out", "runs/one"]) == 2
+    assert cli.main(["train", "--resume", "--out", "runs/one", "--no-check"]) == 2
     assert "has changed" in capsys.readouterr().err
 
 
@@ -175,6 +175,31 @@ def test_data_check(small_voc, tmp_path, capsys):
     (small_voc / "JPEGImages/0000.jpg").write_bytes(b"no image")
     assert cli.main(check) == 1
     assert "ERROR" in capsys.readouterr().out
+
+
+def test_train_stops_at_what_the_check_finds(small_voc, tmp_path, capsys):
+    """Before the first step, with the sentences of the check; --no-check goes on."""
+    for path in (small_voc / "Annotations").glob("000[89].xml"):  # of val
+        path.write_text(path.read_text().replace("<name>cube", "<name>Cube"))
+    assert cli.main(["data", "check", str(small_voc)]) == 1
+    found = [line for line in capsys.readouterr().out.splitlines() if "'Cube'" in line]
+    assert len(found) == 2  # never in train, and much like cube
+    train = ["train", "--data", str(small_voc), "--out", str(tmp_path / "run"), *SMALL]
+    assert cli.main(train) == 2
+    assert not (tmp_path / "run").exists()
+    lines = capsys.readouterr().err.splitlines()
+    assert set(found) <= set(lines) and "--no-check" in lines[-1]
+    assert f"fcos: error: {small_voc} is not ready for training." in lines
+    assert cli.main([*train, "--no-check"]) == 0
+    assert set(found) <= set(capsys.readouterr().err.splitlines())
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "run"), "--workers", "0"]) == 2
+
+
+def test_image_size_of_the_check(small_voc, capsys):
+    assert cli.main(["data", "check", str(small_voc)]) == 0
+    assert "too small" not in capsys.readouterr().out
+    assert cli.main(["data", "check", str(small_voc), "--image-size", "10"]) == 0
+    assert "too small to be learned at this image size" in capsys.readouterr().out
 
 
 def test_train_does_not_write_over_a_run(run_folder, capsys):
@@ -232,10 +257,10 @@ def test_eval_gives_both_rules_for_difficult_objects(run_folder, monkeypatch, ca
         results[rule] = json.loads(Path(f"{text}.json").read_text())
     metrics = json.loads(Path(f"{text}-keep/metrics.json").read_text())
     assert metrics["devkit"]["mAP"] == 1 > metrics["mAP"]
-    assert metrics["devkit"]["num_difficult"] == 6
+    assert metrics["devkit"]["num_difficult"] == 12
     output = capsys.readouterr().out
     assert f"mAP by the course's rule {100 * metrics['mAP']:.2f}" in output
-    assert "mAP by the devkit's rule 100.00: a match to one of 6 difficult objects" in output
+    assert "mAP by the devkit's rule 100.00: a match to one of 12 difficult objects" in output
     assert results["drop"]["mAP"] == metrics["mAP"] and results["keep"]["mAP"] == 1
     assert results["keep"]["num_ground_truth"] == results["drop"]["num_ground_truth"]
     # With the course's index alone it is not known what is difficult.
