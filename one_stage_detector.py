@@ -42,6 +42,7 @@ from eecs598.data import IGNORED
 from eecs598.runtime import mean_over_processes
 
 __all__ = [
+    "ASSIGNMENTS",
     "BOX_LOSSES",
     "QUALITY_TARGETS",
     "FCOS",
@@ -67,6 +68,9 @@ DECODED_BOX_WEIGHT = 2.0
 IOU_EPS = 1e-7  # in square pixels, so that empty boxes do not divide by 0
 
 GROUP_NORM_GROUPS = 32
+
+ASSIGNMENTS = ("size", "atss")  # of boxes to locations, see ``FCOSLoss``
+ADAPTIVE_CANDIDATES = 9  # locations per level that ATSS considers for a box
 
 
 def hello_one_stage_detector() -> None:
@@ -231,10 +235,10 @@ def fcos_match_locations_to_gt(
             f"gt_boxes have shape {tuple(gt_boxes.shape)}; expected (M, 5) for one image."
         )
     locations, strides = _join_levels(locations_per_fpn_level, strides_per_fpn_level)
-    matched = _match_locations(
-        locations, strides, strides_per_fpn_level.values(), gt_boxes[None], center_radius
-    )
     sizes = [len(level_locations) for level_locations in locations_per_fpn_level.values()]
+    matched = _match_locations(
+        locations, strides, sizes, strides_per_fpn_level.values(), gt_boxes[None], center_radius
+    )
     return dict(zip(locations_per_fpn_level, matched[0].split(sizes), strict=True))
 
 
@@ -264,18 +268,22 @@ def fcos_level_ranges(
 def _match_locations(
     locations: Tensor,
     strides: Tensor,
+    level_sizes: Sequence[int],
     all_strides: Iterable[int],
     gt_boxes: Tensor,
     center_radius: float | None,
+    assignment: str = "size",
 ) -> Tensor:
     """Match as ``fcos_match_locations_to_gt``, for a batch and all levels at once.
 
     Args:
         locations: ``(N, 2)`` of all levels joined.
         strides: ``(N, 1)``.
+        level_sizes: number of locations of each level.
         all_strides: the strides of the whole pyramid, to know its finest and coarsest level.
         gt_boxes: ``(B, M, 5)``.
         center_radius: in strides, or None.
+        assignment: see ``FCOSLoss``.
 
     Returns:
         ``(B, N, 5)``.
@@ -283,31 +291,85 @@ def _match_locations(
     batch_size, num_boxes, _ = gt_boxes.shape
     if num_boxes == 0:
         return gt_boxes.new_full((batch_size, len(locations), 5), -1.0)
-    finest, coarsest = min(all_strides), max(all_strides)
-    lower = (4 * strides).masked_fill(strides == finest, 0)  # (N, 1)
-    upper = (8 * strides).masked_fill(strides == coarsest, math.inf)
-
     distances = _distances(locations[:, None], gt_boxes[:, None])  # (B, N, M, 4)
-    largest = distances.amax(dim=-1)  # (B, N, M)
-    inside = distances.amin(dim=-1) > 0
+    inside = distances.amin(dim=-1) > 0  # (B, N, M)
     classes = gt_boxes[:, None, :, 4]  # (B, 1, M)
-    matches = inside & (largest > lower) & (largest < upper)
-    matches &= classes >= 0  # padding matches nothing
+    matches = inside & (classes >= 0)  # padding matches nothing
+    # left - right is twice the distance to the center in x, top - bottom in y.
+    from_center = 0.5 * (distances[..., :2] - distances[..., 2:]).abs()  # (B, N, M, 2)
     if center_radius is not None:
-        # left - right is twice the distance to the center in x, top - bottom in y.
-        from_center = 0.5 * (distances[..., :2] - distances[..., 2:]).abs().amax(dim=-1)
-        matches &= from_center < center_radius * strides  # (B, N, M) < (N, 1)
+        matches &= from_center.amax(dim=-1) < center_radius * strides  # (B, N, M) < (N, 1)
+    if assignment == "size":
+        finest, coarsest = min(all_strides), max(all_strides)
+        lower = (4 * strides).masked_fill(strides == finest, 0)  # (N, 1)
+        upper = (8 * strides).masked_fill(strides == coarsest, math.inf)
+        largest = distances.amax(dim=-1)  # (B, N, M)
+        matches &= (largest > lower) & (largest < upper)
+        sides = gt_boxes[..., 2:4] - gt_boxes[..., :2]
+        cost = sides.prod(dim=-1)[:, None]  # (B, 1, M): the smallest box wins
+    else:
+        overlaps = _overlaps_with_anchors(distances, strides)  # (B, N, M)
+        matches &= _adaptive_candidates(overlaps, from_center, level_sizes)
+        cost = -overlaps  # the box that fits best wins
 
-    areas = (gt_boxes[..., 2] - gt_boxes[..., 0]) * (gt_boxes[..., 3] - gt_boxes[..., 1])
-    areas = areas[:, None].masked_fill(~matches, math.inf)  # (B, N, M)
-    smallest, index = areas.min(dim=-1)  # (B, N)
+    cost = torch.where(matches, cost, math.inf)  # (B, N, M)
+    lowest, index = cost.min(dim=-1)  # (B, N)
     matched = gt_boxes.gather(1, index[..., None].expand(-1, -1, 5))  # (B, N, 5)
-    background = smallest == math.inf
+    background = lowest == math.inf
     matched = matched.masked_fill(background[..., None], -1.0)
     # On every level, since a detection of any level may be of the ignored object.
     ignored = background & (inside & (classes == IGNORED)).any(dim=-1)  # (B, N)
     matched[..., 4].masked_fill_(ignored, IGNORED)
     return matched
+
+
+def _overlaps_with_anchors(distances: Tensor, strides: Tensor) -> Tensor:
+    """Compute the IoU of boxes with a square of eight strides around each location.
+
+    Args:
+        distances: ``(B, N, M, 4)`` from the locations to the sides of the boxes.
+        strides: ``(N, 1)``.
+
+    Returns:
+        ``(B, N, M)``.
+    """
+    half = 4 * strides[..., None]  # (N, 1, 1)
+    shared = torch.minimum(distances, half)
+    shared = (shared[..., :2] + shared[..., 2:]).clamp(min=0).prod(dim=-1)
+    areas = (distances[..., :2] + distances[..., 2:]).prod(dim=-1)
+    return shared / (areas + (2 * half[..., 0]) ** 2 - shared)
+
+
+def _adaptive_candidates(
+    overlaps: Tensor, from_center: Tensor, level_sizes: Sequence[int]
+) -> Tensor:
+    """Select locations for each box by the statistics of its surroundings.
+
+    ATSS (arXiv 1912.02424, algorithm 1): of each level the nine locations nearest to the center
+    of the box are candidates. Those whose anchor overlaps the box by at least the mean plus the
+    standard deviation of all its candidates remain.
+
+    Args:
+        overlaps: ``(B, N, M)``, IoU of the box with the location's anchor.
+        from_center: ``(B, N, M, 2)``, distance of the location to the center of the box.
+        level_sizes: number of locations of each level.
+
+    Returns:
+        ``(B, N, M)``.
+    """
+    squared = from_center.square().sum(dim=-1)
+    candidates = torch.zeros_like(overlaps, dtype=torch.bool)
+    first = 0
+    for size in level_sizes:
+        nearest = squared[:, first : first + size].topk(
+            min(ADAPTIVE_CANDIDATES, size), dim=1, largest=False
+        )
+        candidates.scatter_(1, first + nearest.indices, True)
+        first += size
+    count = sum(min(ADAPTIVE_CANDIDATES, size) for size in level_sizes)
+    mean = (overlaps * candidates).sum(dim=1, keepdim=True) / count  # (B, 1, M)
+    variance = ((overlaps - mean).square() * candidates).sum(dim=1, keepdim=True) / (count - 1)
+    return candidates & (overlaps >= mean + variance.sqrt())
 
 
 def fcos_get_deltas_from_locations(
@@ -542,27 +604,32 @@ class FCOSLoss:
     Classes have the focal loss at every location (arXiv 1708.02002, equation 5, with alpha 0.25
     and gamma 2), boxes a loss of ``BOX_LOSSES`` and centerness binary cross entropy (section 3.3)
     at foreground locations. Background locations in a region to ignore have no loss at all. Where
-    equation 2 divides by the number of foreground locations in
-    the batch, the assignment divides by a moving average of it. All losses have weight 1.
+    equation 2 divides by the number of foreground locations in the batch, the assignment divides by
+    a moving average of it. All losses have weight 1.
 
     Args:
         strides: stride of each level.
         box_loss: a name in ``BOX_LOSSES``.
         center_radius: see ``fcos_match_locations_to_gt``.
         quality: a name in ``QUALITY_TARGETS``, of what is learned in place of centerness.
+        assignment: ``"size"``, as ``fcos_match_locations_to_gt``, or ``"atss"``: instead of by the
+            size of a box, its level and locations are chosen by their overlap with it (adaptive
+            training sample selection, arXiv 1912.02424, algorithm 1).
 
     Raises:
-        ValueError: an unknown loss or quality, or a radius that is not positive.
+        ValueError: an unknown loss, quality or assignment, or a radius that is not positive.
     """
 
     strides: Mapping[str, int]
     box_loss: str = "l1"
     center_radius: float | None = None
     quality: str = "centerness"
+    assignment: str = "size"
 
     def __post_init__(self) -> None:
         _check_choice("box_loss", self.box_loss, BOX_LOSSES)
         _check_choice("quality", self.quality, QUALITY_TARGETS)
+        _check_choice("assignment", self.assignment, ASSIGNMENTS)
         if self.center_radius is not None and not self.center_radius > 0:
             raise ValueError(
                 f"center_radius={self.center_radius}; expected a positive number or None."
@@ -619,7 +686,13 @@ class FCOSLoss:
         locations, strides = _join_levels(locations_per_fpn_level, self.strides)
         gt_boxes = gt_boxes.to(locations)
         matched = _match_locations(
-            locations, strides, self.strides.values(), gt_boxes, self.center_radius
+            locations,
+            strides,
+            [len(level_locations) for level_locations in locations_per_fpn_level.values()],
+            self.strides.values(),
+            gt_boxes,
+            self.center_radius,
+            self.assignment,
         )  # (B, N, 5)
         deltas = fcos_get_deltas_from_locations(locations, matched, strides)  # (B, N, 4)
         centerness = fcos_make_centerness_targets(deltas)  # (B, N)
@@ -723,6 +796,7 @@ class FCOS(nn.Module):
             all choices.
         quality: ``"centerness"``, or ``"iou"`` of the predicted box; ``QUALITY_TARGETS`` has all
             choices.
+        assignment: see ``FCOSLoss``.
         center_radius: see ``fcos_match_locations_to_gt``.
         head_norm: see ``FCOSPredictionNetwork``.
         head_dropout: likewise.
@@ -764,6 +838,7 @@ class FCOS(nn.Module):
         weights: str | os.PathLike | None = "DEFAULT",
         box_loss: str = "l1",
         quality: str = "centerness",
+        assignment: str = "size",
         center_radius: float | None = None,
         head_norm: str = "none",
         head_dropout: float = 0.0,
@@ -786,7 +861,7 @@ class FCOS(nn.Module):
             scaled_levels=strides if level_scales else (),
             dropout=head_dropout,
         )
-        self.criterion = FCOSLoss(strides, box_loss, center_radius, quality)
+        self.criterion = FCOSLoss(strides, box_loss, center_radius, quality, assignment)
         self.post_processor = FCOSPostProcessor(strides)
         # Moving average of the foreground locations per image. A buffer, because like the
         # statistics of batch norm it belongs to the state of a training run.

@@ -260,6 +260,8 @@ def test_settings_out_of_range():
         make_fcos(box_loss="l2")
     with pytest.raises(ValueError, match='quality=\'area\'; expected "centerness" or "iou"'):
         make_fcos(quality="area")
+    with pytest.raises(ValueError, match='assignment=\'iou\'; expected "size" or "atss"'):
+        make_fcos(assignment="iou")
     with pytest.raises(ValueError, match="center_radius=0"):
         make_fcos(center_radius=0)
 

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from common import get_fpn_location_coords
 from eecs598.grad import rel_error
 from one_stage_detector import (
+    FCOSLoss,
     fcos_apply_deltas_to_locations,
     fcos_get_deltas_from_locations,
     fcos_level_ranges,
@@ -55,6 +57,45 @@ def test_center_sampling_is_the_rule(center_radius, rng):
             assert torch.equal(matched[level], expected[level])
             fewer += int((everywhere[level][:, 4] >= 0).sum() - (matched[level][:, 4] >= 0).sum())
     assert fewer > 100
+
+
+def assign_adaptively(locations: dict, gt_boxes: torch.Tensor) -> torch.Tensor:
+    """Algorithm 1 of ATSS for one image, box by box, on all levels joined."""
+    best = torch.zeros(sum(map(len, locations.values())))
+    matched = torch.full((len(best), 5), -1.0)
+    points = torch.cat(list(locations.values()))
+    reach = torch.cat([torch.full((len(p), 1), 4.0 * STRIDES[k]) for k, p in locations.items()])
+    anchors = torch.cat([points - reach, points + reach], dim=1)
+    for row in gt_boxes[gt_boxes[:, 4] >= 0]:
+        center, candidates, first = (row[:2] + row[2:4]) / 2, [], 0
+        for level in locations.values():
+            nearest = (level - center).norm(dim=1).argsort(stable=True)[:9]
+            candidates += (first + nearest).tolist()
+            first += len(level)
+        overlaps = box_iou(anchors[candidates], row[None, :4])[:, 0]
+        threshold = overlaps.mean() + overlaps.std()
+        for n, overlap in zip(candidates, overlaps, strict=True):
+            inside = (row[:2] < points[n]).all() and (points[n] < row[2:4]).all()
+            if inside and overlap >= threshold and overlap > best[n]:
+                best[n], matched[n] = overlap, row
+    return matched
+
+
+def test_adaptive_assignment_is_its_algorithm(rng):
+    shapes = {p: (1, 8, 160 // s, 224 // s) for p, s in STRIDES.items()}
+    locations = get_fpn_location_coords(shapes, STRIDES)
+    criterion = FCOSLoss(STRIDES, assignment="atss")
+    corners = torch.rand(6, 8, 2, 2, generator=rng) * torch.tensor([224, 160])
+    gt_boxes = torch.full((6, 9, 5), -1.0)
+    gt_boxes[:, :8] = torch.cat(
+        [corners.amin(2), corners.amax(2), torch.arange(8.0)[:, None].expand(6, 8, 1)], dim=2
+    )
+    targets = criterion.make_targets(locations, gt_boxes)
+    expected = torch.stack([assign_adaptively(locations, boxes) for boxes in gt_boxes])
+    assert torch.equal(targets.boxes, expected)
+    assert (expected[..., 4] >= 0).sum() > 100
+    by_size = FCOSLoss(STRIDES).make_targets(locations, gt_boxes)
+    assert not torch.equal(targets.boxes, by_size.boxes)
 
 
 def test_level_ranges_are_those_of_matching():

@@ -91,6 +91,9 @@ class ModelSettings(_Group):
     quality: Literal["centerness", "iou"] = _setting(
         "centerness", "what the class probability is multiplied with"
     )
+    assignment: Literal["size", "atss"] = _setting(
+        "size", "of locations to boxes: by the size of a box, or adaptively"
+    )
     center_radius: float | None = _setting(None, "center sampling, in strides", above=0)
     head_norm: Literal["none", "group"] = _setting("none", "normalization in the head")
     head_dropout: float = _setting(

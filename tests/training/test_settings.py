@@ -24,7 +24,7 @@ from eecs598.training.settings import (
     Settings,
     from_recipe,
 )
-from one_stage_detector import BOX_LOSSES, FCOS, QUALITY_TARGETS, FCOSPredictionNetwork
+from one_stage_detector import ASSIGNMENTS, BOX_LOSSES, FCOS, QUALITY_TARGETS, FCOSPredictionNetwork
 
 
 def find(name: str) -> Setting:
@@ -87,6 +87,7 @@ def test_the_choices_of_a_setting_are_what_is_implemented():
     assert find("augment").choices == AUGMENTATIONS
     assert find("box_loss").choices == tuple(BOX_LOSSES)
     assert find("quality").choices == tuple(QUALITY_TARGETS)
+    assert find("assignment").choices == ASSIGNMENTS
     for name in find("amp").choices:
         network_dtype(torch.device("cpu"), name)
     for name in find("head_norm").choices:
