@@ -6,6 +6,7 @@
     torchrun --nproc-per-node N -m fcos train ...    with several GPUs
     fcos eval CHECKPOINT --data DIR     metrics and a report of a trained detector
     fcos predict CHECKPOINT IMAGES... --out DIR      detections in image files
+    fcos demo [CHECKPOINT]              a page to drop photos on
     fcos score DIR                      mAP of a folder of text files
     fcos data shapes|voc2007|check DIR  make, download or check a data set
     fcos grade FOLDER...                grade solutions of the assignment
@@ -32,6 +33,7 @@ COMMANDS = {
     "train": ("train", "train a detector and evaluate it"),
     "eval": ("evaluate", "evaluate a trained detector"),
     "predict": ("predict", "detections in image files"),
+    "demo": ("demo", "a page to drop photos on"),
     "score": ("score", "mAP of a folder of text files"),
     "data": ("data", "make, download or check a data set"),
     "grade": ("grade", "grade solutions of the assignment"),

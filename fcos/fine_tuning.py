@@ -12,8 +12,15 @@ from one_stage_detector import FCOS
 
 __all__ = ["read_start", "start_from", "with_architecture"]
 
-# The settings that decide which weights a detector has.
-_ARCHITECTURE = ("backbone", "fpn_channels", "stem_channels", "head_norm", "level_scales")
+# The settings that decide which weights a detector has and what its outputs mean.
+_ARCHITECTURE = (
+    "backbone",
+    "fpn_channels",
+    "stem_channels",
+    "head_norm",
+    "level_scales",
+    "quality",
+)
 
 # The weights with an entry per class.
 _PER_CLASS = ("pred_net.pred_cls.weight", "pred_net.pred_cls.bias")

@@ -20,6 +20,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 from eecs598.data import SHAPES_CLASSES, class_names, write_shapes
+from tests.detectors import make_fcos
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "one_stage_detector.ipynb"
@@ -235,6 +236,28 @@ def test_says_that_the_project_is_not_here(start, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="has no one_stage_detector.py.*start Jupyter there"):
         start()
+
+
+def test_the_last_cell_offers_the_demo(monkeypatch):
+    cell = code_cells()[-1]
+    launched = []
+    monkeypatch.setattr(
+        "eecs598.deploy.launch_demo", lambda *args, **options: launched.append((args, options))
+    )
+    detector = make_fcos(2)
+    variables = {
+        "detector": detector,
+        "val_dataset": types.SimpleNamespace(idx_to_class={0: "cube", 1: "dice", -1: ""}),
+        "NUM_CLASSES": 2,
+        "IMAGE_SHAPE": (64, 64),
+        "DEVICE": "cpu",
+    }
+    exec(cell.source, variables)
+    assert launched == []
+    exec(cell.source.replace("SHOW_DEMO = False", "SHOW_DEMO = True"), variables)
+    ((predict, _, names), options) = launched[0]
+    assert names == ["cube", "dice"] and options["image_size"] == 64
+    assert len(predict(torch.rand(1, 3, 64, 64))) == 1  # the detector is in evaluation mode
 
 
 # --------------------------------------------------------------------------------------------

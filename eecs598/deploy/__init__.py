@@ -1,10 +1,18 @@
 """Deployment: detect objects in image files with a trained detector, some of which come along."""
 
+from eecs598.deploy.demo import launch_demo
 from eecs598.deploy.prediction import detect, picture_names, to_json, write_picture
-from eecs598.deploy.pretrained import pretrained_names, read_checkpoint, write_weights
+from eecs598.deploy.pretrained import (
+    WEIGHTS_FOLDER,
+    pretrained_names,
+    read_checkpoint,
+    write_weights,
+)
 
 __all__ = [
+    "WEIGHTS_FOLDER",
     "detect",
+    "launch_demo",
     "picture_names",
     "pretrained_names",
     "read_checkpoint",

@@ -149,7 +149,11 @@ def write_picture(
 
 
 def draw_detections(
-    image: Image.Image, detections: Mapping[str, Tensor], class_names: Sequence[str]
+    image: Image.Image,
+    detections: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    *,
+    letters: float = 1.0,
 ) -> Image.Image:
     """Draw boxes with class and score onto a copy of an image.
 
@@ -160,6 +164,7 @@ def draw_detections(
         image: RGB.
         detections: ``boxes (K, 4)`` in its pixels, ``labels (K,)``, ``scores (K,)``.
         class_names: ``class_names[label]`` names a label.
+        letters: factor on the usual size of the letters.
 
     Returns:
         The drawing, RGB.
@@ -169,7 +174,7 @@ def draw_detections(
     picture = image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.copy()
     pen = ImageDraw.Draw(picture)
     line = max(2, round(max(size) / 250))
-    font = _font(max(12, round(max(size) / 50)))
+    font = _font(round(letters * max(12, max(size) / 50)))
     # The highest scores come last, so that no other label hides theirs.
     for k in detections["scores"].argsort().tolist():
         box = [factor * value for value in detections["boxes"][k].tolist()]
