@@ -471,6 +471,7 @@ def evaluate_detector(
     nms_thresh: float,
     *,
     levels: Mapping[str, tuple[float, float]] | None = None,
+    pixel_edges: bool = False,
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
@@ -484,6 +485,8 @@ def evaluate_detector(
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
         levels: see ``Evaluation``.
+        pixel_edges: the detector has learned boxes from edge to edge, see ``Instance.with_edges``.
+            They are turned into the annotation's numbers, in which ground truth is given.
         num_workers: processes that load images.
         device: to run on.
 
@@ -507,12 +510,19 @@ def evaluate_detector(
     shares = gather([(tuple(image.shape[-2:]), found) for _, image, found, _ in detections])
     in_order = [shares[i % len(shares)][i // len(shares)] for i in range(len(dataset))]
     input_sizes, predictions = zip(*in_order, strict=True)
+    instances = dataset.instances
     scaled = []
-    for size, input_size, found in zip(sizes, input_sizes, predictions, strict=True):
+    for instance, size, input_size, found in zip(
+        instances, sizes, input_sizes, predictions, strict=True
+    ):
         scale_y, scale_x = (whole / seen for whole, seen in zip(size, input_size, strict=True))
         factors = found["boxes"].new_tensor([scale_x, scale_y, scale_x, scale_y])
-        scaled.append({**found, "boxes": found["boxes"] * factors})
-    instances = dataset.instances
+        boxes = found["boxes"] * factors
+        if pixel_edges:
+            first = boxes[:, :2] + instance.first_pixel
+            # A box of no width has no first pixel; the last one is all there is.
+            boxes = torch.cat([first.minimum(boxes[:, 2:]), boxes[:, 2:]], dim=1)
+        scaled.append({**found, "boxes": boxes})
     known = all(instance.difficult_known for instance in instances)
     return Evaluation(
         list(dataset.class_to_idx),

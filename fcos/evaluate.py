@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         score_thresh=args.score_thresh,
         nms_thresh=args.nms_thresh,
         amp=args.amp,
+        pixel_edges=model.settings.data.pixel_edges,
     )
     export_text(evaluation, texts, keep_difficult=args.difficult == "keep")
     comparison = None if other is None else compare(evaluation, other, args.compare)
@@ -141,6 +142,7 @@ def evaluate(
     score_thresh: float = EVAL_SCORE_THRESH,
     nms_thresh: float = EVAL_NMS_THRESH,
     amp: str = "off",
+    pixel_edges: bool = False,
 ) -> Evaluation:
     """Run a detector over a data set, without changing it.
 
@@ -152,6 +154,7 @@ def evaluate(
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
         amp: see ``eecs598.training.mixed_precision``.
+        pixel_edges: see ``a4_helper.evaluate_detector``.
     """
     import torch
 
@@ -167,6 +170,7 @@ def evaluate(
             score_thresh,
             nms_thresh,
             levels=fcos_level_ranges(detector.backbone.fpn_strides),
+            pixel_edges=pixel_edges,
             num_workers=workers,
             device=device,
         )

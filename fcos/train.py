@@ -126,6 +126,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
         image_sizes=data.image_sizes,
         cache=args.cache,
         ignore_difficult=data.ignore_difficult,
+        pixel_edges=data.pixel_edges,
     )
     val_set = VOC2007DetectionTiny(
         description.data, "val", image_size=data.image_size, classes=names, cache=args.cache
@@ -148,7 +149,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
     def validate(model: FCOS) -> float:
         nonlocal evaluation
         with meter.paused():
-            evaluation = evaluate(model, val_set, workers, device)
+            evaluation = evaluate(model, val_set, workers, device, pixel_edges=data.pixel_edges)
         return score_matches(evaluation.matches)["mAP"]
 
     training_run = TrainingRun(
@@ -194,7 +195,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
 
     # Report. The last step was evaluated, unless there was none left to do.
     if evaluation is None:
-        evaluation = evaluate(detector, val_set, workers, device)
+        evaluation = evaluate(detector, val_set, workers, device, pixel_edges=data.pixel_edges)
     if not is_main_process():
         return
     done = len(history["iteration"]) - first

@@ -31,6 +31,10 @@ __all__ = [
     "load_instances",
 ]
 
+# The number of an image's first pixel in its annotation: VOC's corners are the first and the last
+# pixel of an object, counted from 1; COCO's are edges, counted from 0.
+_FIRST_PIXEL = {"voc": 1, "coco": 0}
+
 # Stands for the class id of a box that is neither taught as an object nor as background.
 IGNORED = -2.0
 
@@ -45,6 +49,8 @@ class Instance(NamedTuple):
         size: height and width of the annotated image, or None where the annotation has none.
         difficult_known: whether the annotation says which objects are difficult. The course's JSON
             index without the devkit's XML does not have them.
+        first_pixel: what the annotation calls the first column and row of the image, 1 in VOC and 0
+            in COCO. ``boxes`` are the annotation's own numbers, as the course's are.
     """
 
     path: Path
@@ -52,6 +58,7 @@ class Instance(NamedTuple):
     difficult: Tensor
     size: tuple[int, int] | None = None
     difficult_known: bool = True
+    first_pixel: int = 0
 
     @property
     def ordinary(self) -> Tensor:
@@ -59,11 +66,17 @@ class Instance(NamedTuple):
         return self.boxes[~self.difficult]
 
     @property
-    def with_ignored(self) -> Tensor:
-        """All boxes; those that are difficult have ``IGNORED`` for a class id."""
+    def with_ignored(self) -> Instance:
+        """The same image; objects that are difficult are ordinary ones of the class ``IGNORED``."""
         rows = self.boxes.clone()
         rows[self.difficult, 4] = IGNORED
-        return rows
+        return self._replace(boxes=rows, difficult=torch.zeros_like(self.difficult))
+
+    @property
+    def with_edges(self) -> Instance:
+        """The same image; boxes reach from edge to edge of their pixels, the first edge being 0."""
+        offset = self.boxes.new_tensor([self.first_pixel, self.first_pixel, 0, 0, 0])
+        return self._replace(boxes=self.boxes - offset, first_pixel=0)
 
 
 def data_layout(
@@ -155,6 +168,7 @@ def load_instances(
                 torch.tensor(difficult, dtype=torch.bool),
                 image.size,
                 image.difficult_known,
+                _FIRST_PIXEL[layout],
             )
         )
     return instances

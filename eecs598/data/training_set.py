@@ -8,7 +8,7 @@ and pads its boxes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +48,8 @@ class AnnotatedImages:
             resized images, which take less memory, and ``original`` always reads the file.
         max_cache_bytes: limit of the cache; images beyond it are read from their files each time.
         ignore_difficult: give difficult objects, too, with ``IGNORED`` for a class id.
+        pixel_edges: give boxes from edge to edge, see ``Instance.with_edges``; otherwise the
+            annotation's numbers.
 
     Raises:
         ValueError: with ``cache``, an image file can't be read; with ``ignore_difficult``, it is
@@ -63,6 +65,7 @@ class AnnotatedImages:
         cache_originals: bool = False,
         max_cache_bytes: int = MAX_CACHE_BYTES,
         ignore_difficult: bool = False,
+        pixel_edges: bool = False,
     ) -> None:
         self.instances, self.image_size = list(instances), image_size
         unknown = [i.path for i in self.instances if not i.difficult_known]
@@ -72,10 +75,12 @@ class AnnotatedImages:
                 "known which objects are difficult, since the course's index leaves them out; add "
                 "the devkit's Annotations folder, or train without it."
             )
-        self._boxes = [
-            instance.with_ignored if ignore_difficult else instance.ordinary
-            for instance in self.instances
-        ]
+        given: Iterable[Instance] = self.instances
+        if ignore_difficult:
+            given = (instance.with_ignored for instance in given)
+        if pixel_edges:
+            given = (instance.with_edges for instance in given)
+        self._boxes = [instance.ordinary for instance in given]
         self.max_boxes = max(map(len, self._boxes), default=0)
         self.cache: ImageCache | None = None
         self._cache_originals = cache_originals
@@ -153,6 +158,7 @@ class TrainingSet(Dataset[Item]):
         cache: keep decoded images in memory, see ``AnnotatedImages``.
         max_cache_bytes: limit of the cache.
         ignore_difficult: see ``AnnotatedImages``.
+        pixel_edges: likewise.
 
     Raises:
         ValueError: an augmentation is not known, or as ``AnnotatedImages``.
@@ -168,6 +174,7 @@ class TrainingSet(Dataset[Item]):
         cache: bool = False,
         max_cache_bytes: int = MAX_CACHE_BYTES,
         ignore_difficult: bool = False,
+        pixel_edges: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -180,6 +187,7 @@ class TrainingSet(Dataset[Item]):
             cache_originals=bool(augment or image_sizes),
             max_cache_bytes=max_cache_bytes,
             ignore_difficult=ignore_difficult,
+            pixel_edges=pixel_edges,
         )
         # A mosaic shows four images.
         self.max_boxes = self.images.max_boxes * (4 if "mosaic" in augment else 1)

@@ -126,6 +126,9 @@ class DataSettings(_Group):
     ignore_difficult: bool = _setting(
         False, "difficult objects and crowd regions are not taught as background"
     )
+    pixel_edges: bool = _setting(
+        False, "VOC's boxes reach from edge to edge of their pixels, as COCO's do"
+    )
     seed: int = _setting(
         0, "of the order of the images, their augmentation and the random weights", at_least=0
     )

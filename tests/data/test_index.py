@@ -51,3 +51,19 @@ def test_the_courses_index_alone_does_not_know(tmp_path):
     (instance,) = load_instances(tmp_path, "train", ["dog"])
     assert not instance.difficult_known and instance.size is None
     assert torch.equal(instance.ordinary, instance.boxes)
+
+
+def test_boxes_from_edge_to_edge(tmp_path):
+    """VOC's first pixel is number 1 and its last one belongs to the box; COCO counts edges."""
+    make_devkit(tmp_path / "VOCdevkit/VOC2007")
+    instance, _ = load_instances(tmp_path, "train", CLASSES)
+    assert instance.first_pixel == 1 and instance.with_edges.first_pixel == 0
+    # Pixels 1 to 30 and 2 to 40 are 30 wide and 39 high.
+    assert instance.with_edges.boxes.tolist() == [[0, 1, 30, 40, 2], [4.5, 5.5, 7.5, 8.5, 1]]
+    assert instance.boxes.tolist() == [[1, 2, 30, 40, 2], [5.5, 6.5, 7.5, 8.5, 1]]  # as before
+    assert instance.with_edges.with_edges.boxes.tolist() == instance.with_edges.boxes.tolist()
+    write(tmp_path / "coco/annotations/instances_train.json", document())
+    write_images(tmp_path / "coco/images")
+    for instance in load_instances(tmp_path / "coco", "train", ["cat", "dog"]):
+        assert instance.first_pixel == 0
+        assert torch.equal(instance.with_edges.boxes, instance.boxes)

@@ -197,3 +197,26 @@ def test_difficult_objects_are_regions_to_ignore_if_asked_for(tmp_path, augment)
     unknown = instance._replace(difficult_known=False)
     with pytest.raises(ValueError, match=r"ignore_difficult: of 1 images, the first .*x\.png"):
         TrainingSet([unknown], 64, augment, ignore_difficult=True)
+
+
+@pytest.mark.parametrize("augment", [(), ("flip",)])
+def test_boxes_from_edge_to_edge_cover_their_object_mirrored_or_not(tmp_path, augment):
+    """With the annotation's numbers, a mirror moves the column that they leave out."""
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (8, 16, 24, 40))
+    picture.save(tmp_path / "x.png")
+    voc = torch.tensor([[9.0, 17, 24, 40, 0]])  # the first and the last pixel, counted from 1
+    instance = Instance(
+        tmp_path / "x.png", voc, torch.tensor([False]), (64, 64), True, first_pixel=1
+    )
+    covered = {True: set(), False: set()}
+    for edges in covered:
+        for seed in range(8):
+            dataset = TrainingSet([instance], 64, augment, pixel_edges=edges)
+            _, image, boxes = dataset[Sample(0, seed, None)]
+            x1, y1, x2, y2 = boxes[0, :4].int().tolist()
+            bright = image[0] > 1
+            inside = int(bright[y1:y2, x1:x2].sum())
+            covered[edges].add((inside, (y2 - y1) * (x2 - x1), bool(bright[y1:y2, x1].all())))
+    assert covered[True] == {(16 * 24, 16 * 24, True)}
+    assert {inside for inside, *_ in covered[False]} == {15 * 23}

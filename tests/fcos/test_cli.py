@@ -274,6 +274,30 @@ def test_eval_gives_both_rules_for_difficult_objects(run_folder, monkeypatch, ca
     assert "leaves difficult objects out" in capsys.readouterr().err
 
 
+def test_difficult_objects_and_pixel_edges_are_settings_of_a_run(run_folder, monkeypatch):
+    """They reach the training set, and the second one every evaluation of the run."""
+    seen = []
+
+    def remember(module: str, name: str) -> None:
+        original = getattr(sys.modules[module], name)
+
+        def called(*args, **kwargs):
+            seen.append((name, kwargs.get("ignore_difficult"), kwargs["pixel_edges"]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(f"{module}.{name}", called)
+
+    remember("eecs598.data", "TrainingSet")
+    remember("a4_helper", "evaluate_detector")
+    out = run_folder / "edges"
+    train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL]
+    assert cli.main([*train, "--ignore-difficult", "--pixel-edges"]) == 0
+    arguments = ["eval", str(out / "checkpoint.pt"), "--data", str(run_folder / "shapes")]
+    assert cli.main([*arguments, "--workers", "0"]) == 0
+    evaluated = ("evaluate_detector", None, True)
+    assert seen == [("TrainingSet", True, True), evaluated, evaluated]
+
+
 def test_training_images_are_evaluated_whole(run_folder):
     arguments = ["eval", str(run_folder / "run/checkpoint.pt"), "--workers", "0", "--split"]
     arguments += ["train", "--data", str(run_folder / "shapes"), "--out", str(run_folder / "whole")]

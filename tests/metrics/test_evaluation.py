@@ -120,6 +120,17 @@ def test_matches_do_not_depend_on_the_image_size(voc_folder):
         assert average_precision(*resized, ["dog"])["mAP"] == (0.0 if factor == 2 else 1.0)
 
 
+def test_boxes_from_edge_to_edge_are_scored_in_the_annotations_numbers(voc_folder):
+    folder = voc_folder({"val": {"a": (Image.new("RGB", (60, 50)), [("dog", 1, 1, 9, 9)])}})
+    dataset = VOC2007DetectionTiny(folder, "val", image_size=100, classes=["dog"])
+    found = Fixed([0.0, 0, 18, 18], [30.0, 30, 31, 30])  # edges, at twice the size
+    result = evaluate_detector(found, dataset, 0.05, 0.5, pixel_edges=True)
+    assert result.predictions[0]["boxes"].tolist() == [[1, 1, 9, 9], [15.5, 15, 15.5, 15]]
+    assert result.matches.iou[0] == 1
+    as_it_is = evaluate_detector(found, dataset, 0.05, 0.5)
+    assert as_it_is.predictions[0]["boxes"][0].tolist() == [0, 0, 9, 9]
+
+
 def test_a_data_set_that_crops_is_refused(small_voc):
     dataset = VOC2007DetectionTiny(small_voc, "train", classes=("cube", "dice"))
     with pytest.raises(ValueError, match="crop=False"):
