@@ -334,15 +334,59 @@ class _NamedStages(nn.Module):
         super().__init__()
         self.model = model
         self.indices = indices
+        _fix_same_padding(model)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         height, width = images.shape[-2:]
         coarsest = max(STAGE_STRIDES.values())
-        features = self.model(F.pad(images, (0, -width % coarsest, 0, -height % coarsest)))
+        bottom = _ceil_div(height, coarsest) * coarsest - height
+        right = _ceil_div(width, coarsest) * coarsest - width
+        features = self.model(F.pad(images, (0, right, 0, bottom)))
         return {
-            stage: features[i][..., : math.ceil(height / stride), : math.ceil(width / stride)]
+            stage: features[i][..., : _ceil_div(height, stride), : _ceil_div(width, stride)]
             for (stage, stride), i in zip(STAGE_STRIDES.items(), self.indices, strict=True)
         }
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    """Divide and round up, without negative numbers, whose rest ONNX defines otherwise."""
+    return (number + divisor - 1) // divisor
+
+
+class _FixedSameConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's "same" padding, for sides that its stride divides.
+
+    There the padding is a constant. timm computes it from the sides of every image, which neither
+    ``torch.compile`` nor the export to ONNX can follow for images of any size.
+    """
+
+    same_padding: list[int]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._conv_forward(F.pad(images, self.same_padding), self.weight, self.bias)
+
+
+def _fix_same_padding(model: nn.Module) -> None:
+    """Give the convolutions of a timm network whose padding depends on the image a constant one."""
+    from timm.layers import Conv2dSame
+
+    for module in model.modules():
+        if isinstance(module, Conv2dSame):
+            totals = [
+                max(dilation * (kernel - 1) + 1 - stride, 0)
+                for kernel, stride, dilation in zip(
+                    module.kernel_size, module.stride, module.dilation, strict=True
+                )
+            ]
+            height, width = totals
+            # The class alone changes: names and values of the weights stay.
+            module.__class__ = _FixedSameConv2d  # type: ignore[assignment]
+            module.same_padding = [  # type: ignore[assignment]
+                width // 2,
+                width - width // 2,
+                height // 2,
+                height - height // 2,
+            ]
 
 
 def _load_backbone_weights(model: nn.Module, path: str | os.PathLike, name: str) -> None:

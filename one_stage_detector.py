@@ -45,7 +45,9 @@ __all__ = [
     "ASSIGNMENTS",
     "BOX_LOSSES",
     "QUALITY_TARGETS",
+    "Candidates",
     "FCOS",
+    "FCOSCandidates",
     "FCOSLoss",
     "FCOSPostProcessor",
     "FCOSPredictionNetwork",
@@ -466,7 +468,8 @@ def _join_levels(
 ) -> tuple[Tensor, Tensor]:
     """Join the locations of all levels, (N, 2), and return the stride of each, (N, 1)."""
     strides = [
-        locations.new_full((len(locations), 1), strides_per_fpn_level[level])
+        # Not len(locations): an export would take that for a constant.
+        locations.new_full((locations.shape[0], 1), strides_per_fpn_level[level])
         for level, locations in locations_per_fpn_level.items()
     ]
     return torch.cat(list(locations_per_fpn_level.values())), torch.cat(strides)
@@ -710,6 +713,20 @@ def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 # --------------------------------------------------------------------------------------------
 
 
+class Candidates(NamedTuple):
+    """What every location of a batch detects, before thresholds and NMS; all levels joined.
+
+    Attributes:
+        boxes: ``(B, N, 4)`` in pixels.
+        labels: ``(B, N)``, class ids.
+        scores: ``(B, N)``.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
 @dataclass(frozen=True)
 class FCOSPostProcessor:
     """From network outputs to detections: scores, boxes, non-maximum suppression.
@@ -745,8 +762,15 @@ class FCOSPostProcessor:
         Raises:
             ValueError: a threshold outside [0, 1].
         """
-        check_threshold("score threshold", score_thresh)
-        check_threshold("NMS threshold", nms_thresh)
+        return self.select(self.decode(outputs, image_size), score_thresh, nms_thresh)
+
+    def decode(self, outputs: NetworkOutputs, image_size: Sequence[int]) -> Candidates:
+        """Compute what each location detects, before thresholds and NMS.
+
+        Args:
+            outputs: of ``FCOS.network_outputs``.
+            image_size: ``(H, W)`` in pixels, to which boxes are clipped.
+        """
         locations, strides = _join_levels(outputs.locations, self.strides)
         all_class_probs = _join_predictions(outputs.class_logits).sigmoid()  # (B, N, C)
         class_probs, labels = all_class_probs.max(dim=-1)  # (B, N)
@@ -755,13 +779,22 @@ class FCOSPostProcessor:
         deltas = _join_predictions(outputs.deltas)
         boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, image_size)
+        return Candidates(boxes, labels, scores)
 
-        batch_size, _, num_classes = all_class_probs.shape
+    @staticmethod
+    def select(
+        candidates: Candidates, score_thresh: float, nms_thresh: float
+    ) -> list[dict[str, Tensor]]:
+        """Apply the score threshold and NMS; arguments and result as in a call."""
+        check_threshold("score threshold", score_thresh)
+        check_threshold("NMS threshold", nms_thresh)
+        boxes, labels, scores = candidates
+        batch_size = len(boxes)
         # On a GPU every look at values waits for it, so the confident locations are found once.
         image_ids, index = (scores > score_thresh).nonzero(as_tuple=True)  # (K,)
         boxes, labels, scores = (each[image_ids, index] for each in (boxes, labels, scores))
         # One NMS for all images, in which each class of each image is a class of its own.
-        kept = class_spec_nms(boxes, scores, image_ids * num_classes + labels, nms_thresh)
+        kept = class_spec_nms(boxes, scores, labels * batch_size + image_ids, nms_thresh)
         kept = kept[image_ids[kept].argsort(stable=True)]  # image by image, each by its scores
         counts = image_ids[kept].bincount(minlength=batch_size).tolist()
         detections = []
@@ -1064,3 +1097,20 @@ class FCOS(nn.Module):
         image_size = images.shape[-2:]
         found = self.post_processor(outputs, image_size, test_score_thresh, test_nms_thresh)[0]
         return found["boxes"], found["labels"], found["scores"]
+
+
+class FCOSCandidates(nn.Module):
+    """The part of FCOS that an export keeps as a network: from images to candidates.
+
+    Args:
+        detector: in evaluation mode.
+    """
+
+    def __init__(self, detector: FCOS) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Candidates:
+        """Return what every location of images ``(B, 3, H, W)`` detects."""
+        outputs = self.detector.network_outputs(images)
+        return self.detector.post_processor.decode(outputs, images.shape[-2:])

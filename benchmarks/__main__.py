@@ -21,6 +21,7 @@ from eecs598.runtime import package_versions, processor_name
 MODULES = (
     "nms",
     "detector",
+    "onnx_runtime",
     "losses",
     "roofline",
     "input_pipeline",
@@ -28,7 +29,7 @@ MODULES = (
     "report",
     "command_line",
 )
-PACKAGES = ("torch", "torchvision", "pillow", "faster-coco-eval", "pycocotools")
+PACKAGES = ("torch", "torchvision", "pillow", "faster-coco-eval", "pycocotools", "onnxruntime")
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ SCORE_THRESH, NMS_THRESH = 0.05, 0.6
 def rows(device: str) -> Iterator[Row]:
     """Time training steps and predictions."""
     images, gt_boxes = batch(device)
-    ours, theirs = make_detector(device), _theirs(device)
+    ours, theirs = make_detector(device), make_peer(device)
     _check_same_pyramid(ours.eval(), theirs.eval(), images[:1])
     fast_dtype = precision_name(device, "auto")
     peer = "torchvision FCOS, float32"
@@ -48,18 +48,13 @@ def rows(device: str) -> Iterator[Row]:
     compiled.compile_prediction()
     for count in (1, BATCH_SIZE):
         some = images[:count]
-
-        def peer_predict(images: Tensor = some) -> Any:
-            with torch.no_grad():
-                return theirs(list(images))
-
         question = f"prediction, {count} image{'s' * (count > 1)} of {SIDE} px"
         for model, amp, how in (
             (ours, "off", "float32"),
             (ours, "auto", fast_dtype),
             (compiled, "auto", f"{fast_dtype}, compiled"),
         ):
-            times = side_by_side(prediction(model, some, amp), peer_predict)
+            times = side_by_side(prediction(model, some, amp), peer_prediction(theirs, some))
             yield Row(f"{question}, {how}", peer, *times, 0.6)
 
 
@@ -99,7 +94,8 @@ class _SameBackbone(nn.Module):
         return self.body(images)
 
 
-def _theirs(device: str) -> TorchvisionFCOS:
+def make_peer(device: str) -> TorchvisionFCOS:
+    """Return torchvision's detector with the same backbone and pyramid."""
     head = FCOSHead(WIDTH, 1, NUM_CLASSES, num_convs=len(STEM))
     strides = (8, 16, 32)
     anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
@@ -149,6 +145,16 @@ def prediction(model: FCOS, images: Tensor, amp: str) -> Callable[[], Any]:
     def predict() -> Any:
         with autocast:
             return model.predict(channels_last(images), SCORE_THRESH, NMS_THRESH)
+
+    return predict
+
+
+def peer_prediction(model: TorchvisionFCOS, images: Tensor) -> Callable[[], Any]:
+    """Return a function that detects objects in the images with torchvision's detector."""
+
+    def predict() -> Any:
+        with torch.no_grad():
+            return model(list(images))
 
     return predict
 

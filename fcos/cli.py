@@ -7,6 +7,7 @@
     fcos eval CHECKPOINT --data DIR     metrics and a report of a trained detector
     fcos predict CHECKPOINT IMAGES... --out DIR      detections in image files
     fcos demo [CHECKPOINT]              a page to drop photos on
+    fcos export CHECKPOINT --out FILE   the detector as an ONNX file
     fcos score DIR                      mAP of a folder of text files
     fcos data shapes|voc2007|check DIR  make, download or check a data set
     fcos grade FOLDER...                grade solutions of the assignment
@@ -34,6 +35,7 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate a trained detector"),
     "predict": ("predict", "detections in image files"),
     "demo": ("demo", "a page to drop photos on"),
+    "export": ("export", "write a detector as an ONNX file"),
     "score": ("score", "mAP of a folder of text files"),
     "data": ("data", "make, download or check a data set"),
     "grade": ("grade", "grade solutions of the assignment"),

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fcos.export import add_engine_option
 from fcos.options import (
     EVAL_NMS_THRESH,
     EVAL_SCORE_THRESH,
@@ -21,7 +22,10 @@ from fcos.options import (
 from fcos.results import export_text, print_results, write_report
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from a4_helper import VOC2007DetectionTiny
+    from eecs598.deploy import OnnxDetector
     from eecs598.metrics import Evaluation
     from one_stage_detector import FCOS
 
@@ -44,13 +48,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "metrics.json and, as text files, the detections and the ground truth."
     )
     parser.set_defaults(run=run)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="file of fcos train or fcos export"
+    )
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
     )
     add_backbone_option(parser, "where CHECKPOINT is a plain state dict, which does not name it")
     parser.add_argument("--split", default="val", help="list in ImageSets/Main (val)")
     add_detection_options(parser, EVAL_SCORE_THRESH)
+    add_engine_option(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="new folder for results (eval-SPLIT beside CHECKPOINT)"
     )
@@ -76,15 +83,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate the detector of a checkpoint on a split, and compare it with another evaluation."""
     from a4_helper import VOC2007DetectionTiny
+    from eecs598.data import load_index
     from eecs598.metrics import image_names, read_text_format
     from eecs598.report import check_comparable, compare
     from eecs598.runtime import fit_workers, write_json
-    from fcos.models import load_detector
+    from fcos.engine import load_predictor
 
-    model = load_detector(
-        args.checkpoint, backbone=args.backbone, data=args.data, image_size=args.image_size
+    device = choose_device(args.device)
+    model = load_predictor(
+        args.checkpoint,
+        backbone=args.backbone,
+        data=args.data,
+        image_size=args.image_size,
+        device=device,
+        engine=args.engine,
+        amp=args.amp,
+        num_images=lambda: len(load_index(args.data, args.split)),
     )
-    device, image_size = choose_device(args.device), model.settings.data.image_size
+    print(f"{model.engine}, {device}")
+    image_size = model.image_size
     dataset = VOC2007DetectionTiny(
         args.data, args.split, image_size=image_size, classes=model.class_names, crop=False
     )
@@ -107,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         dataset,
         fit_workers(choose_workers(args.workers), (1, image_size, 2 * image_size)),
         device,
+        strides=model.strides,
         score_thresh=args.score_thresh,
         nms_thresh=args.nms_thresh,
         amp=args.amp,
@@ -134,11 +152,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate(
-    detector: FCOS,
+    detector: FCOS | OnnxDetector,
     dataset: VOC2007DetectionTiny,
     workers: int,
     device: str,
     *,
+    strides: Mapping[str, int] | None = None,
     score_thresh: float = EVAL_SCORE_THRESH,
     nms_thresh: float = EVAL_NMS_THRESH,
     amp: str = "off",
@@ -151,6 +170,7 @@ def evaluate(
         dataset: images that are not augmented.
         workers: number of processes that load images.
         device: to run on.
+        strides: of each pyramid level, where the detector does not have them itself.
         score_thresh: detections score above it.
         nms_thresh: IoU above which the lower of two detections of a class is dropped.
         amp: see ``eecs598.training.mixed_precision``.
@@ -160,8 +180,11 @@ def evaluate(
 
     from a4_helper import evaluate_detector
     from eecs598.training import mixed_precision
-    from one_stage_detector import fcos_level_ranges
+    from one_stage_detector import FCOS, fcos_level_ranges
 
+    if strides is None:
+        assert isinstance(detector, FCOS)
+        strides = detector.backbone.fpn_strides
     autocast, _ = mixed_precision(torch.device(device), amp)
     with autocast:
         return evaluate_detector(
@@ -169,7 +192,7 @@ def evaluate(
             dataset,
             score_thresh,
             nms_thresh,
-            levels=fcos_level_ranges(detector.backbone.fpn_strides),
+            levels=fcos_level_ranges(strides),
             pixel_edges=pixel_edges,
             num_workers=workers,
             device=device,

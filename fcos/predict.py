@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fcos.export import add_engine_option
 from fcos.options import (
     EVAL_NMS_THRESH,
     add_backbone_option,
@@ -16,8 +18,6 @@ from fcos.options import (
     add_json_option,
     add_machine_options,
     choose_device,
-    choose_workers,
-    make_empty_folder,
     positive_int,
 )
 
@@ -38,10 +38,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Detect objects in image files: a picture of each with its boxes, and all "
         "boxes in pixels of the original files as JSON. The exit status is 1 when a file could "
-        "not be read; it is named and skipped."
+        "not be read; it is named and skipped. torchrun shares the images out among processes: "
+        "torchrun --nproc-per-node N -m fcos predict ..."
     )
     parser.set_defaults(run=run)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="file of fcos train or fcos export"
+    )
     parser.add_argument(
         "images",
         nargs="+",
@@ -49,6 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="files; folders, without their subfolders; or patterns such as 'photos/**/*.jpg'",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder for the results")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the prediction in --out that was stopped"
+    )
     add_json_option(parser, "the boxes (DIR/predictions.json)")
     parser.add_argument(
         "--pictures",
@@ -57,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="draw the detections (yes)",
     )
     add_detection_options(parser, PICTURE_SCORE_THRESH)
+    add_engine_option(parser)
     parser.add_argument(
         "--batch-size",
         type=positive_int,
@@ -77,82 +84,62 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Detect objects in images; return 1 when some could not be read, otherwise 0."""
-    from concurrent.futures import Future, ThreadPoolExecutor
-    from functools import partial
+    """Detect objects in this process, or in this one and those that torchrun started beside it."""
+    from datetime import timedelta
 
-    import torch
-    from tqdm.auto import tqdm
-
-    from eecs598.data import ImageFiles, find_images, read_image
-    from eecs598.deploy import detect, picture_names, to_json, write_picture
-    from eecs598.runtime import batches_of, fit_workers, make_loader, write_json
-    from eecs598.training import mixed_precision
-    from fcos.models import load_detector
-
-    paths = find_images(args.images)
-    detector, settings, class_names = load_detector(
-        args.checkpoint,
-        backbone=args.backbone,
-        data=args.data,
-        classes=args.classes,
-        image_size=args.image_size,
+    from eecs598.runtime import (
+        folder_lock,
+        gather,
+        is_main_process,
+        num_processes,
+        process_group,
+        rank,
     )
-    device = choose_device(args.device)
-    detector.to(device).eval()
-    out = make_empty_folder(Path(args.out), "--out")
-    size = settings.data.image_size
-    workers = fit_workers(choose_workers(args.workers), (args.batch_size, size, 2 * size))
-    loader = make_loader(
-        ImageFiles(paths, size), workers, batch_size=args.batch_size, collate_fn=list
-    )
-    predict = partial(detector.predict, score_thresh=args.score_thresh, nms_thresh=args.nms_thresh)
-    autocast, _ = mixed_precision(torch.device(device), args.amp)
+    from fcos.prediction import Prediction, result_file
 
-    def draw(path: Path, detections: dict[str, Any], name: str) -> None:
-        # Read again: originals of any size would fill the memory on their way here.
-        write_picture(read_image(path), detections, class_names, out / name)
-
-    images: list[dict[str, Any]] = []
-    skipped: list[dict[str, str | None]] = []
-    pictures: list[Future[None]] = []
-    start = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        pool = ThreadPoolExecutor(max(1, workers))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        stack.enter_context(autocast)
-        bar = stack.enter_context(tqdm(total=len(paths), desc="detection", disable=None))
-        found = detect(predict, stack.enter_context(batches_of(loader)), device)
-        for name, (image, detections) in zip(picture_names(paths), found, strict=True):
-            bar.update()
-            if detections is None:
-                bar.write(f"fcos: skipped {image.error}", file=sys.stderr)
-                skipped.append({"path": str(image.path), "error": image.error})
-                continue
-            images.append(to_json(image, detections, class_names))
-            if args.pictures:
-                images[-1]["picture"] = name
-                pictures.append(pool.submit(draw, image.path, detections, name))
-        write_json(
-            args.json if args.json is not None else out / "predictions.json",
-            {
-                "checkpoint": str(args.checkpoint),
-                "classes": class_names,
-                "image_size": settings.data.image_size,
-                "score_thresh": args.score_thresh,
-                "nms_thresh": args.nms_thresh,
-                "images": images,
-                "skipped": skipped,
-            },
+        # A process may wait long for the others, whose images may be larger.
+        device = stack.enter_context(
+            process_group(choose_device(args.device), timeout=timedelta(days=7))
         )
-        for picture in pictures:
-            picture.result()
-    count = sum(len(image["detections"]) for image in images)
-    seconds = time.perf_counter() - start
-    print(f"{count} detections in {len(images)} images, {seconds:.1f} s: {out}")
-    if skipped:
-        print(f"fcos: {len(skipped)} of {len(paths)} images skipped", file=sys.stderr)
-    return 1 if skipped else 0
+        if not is_main_process():
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
+            )
+        if args.resume and result_file(args).is_file():
+            print(f"{result_file(args)} is complete already")
+            return 0
+        prediction = Prediction(args, device)
+        out = prediction.journal.folder
+        if is_main_process():
+            if args.resume and prediction.journal.exists:
+                stack.enter_context(folder_lock(out))
+                prediction.go_on()
+            else:
+                prediction.begin()
+                stack.enter_context(folder_lock(out))
+        gather(None)  # the others wait until the folder is there
+        todo = prediction.journal.read()
+        gather(None)  # all have read before one writes
+        start = time.perf_counter()
+        try:
+            prediction.detect([int(i) for i in todo[rank() :: num_processes()]], rank())
+        except KeyboardInterrupt:
+            print("fcos: the same command with --resume goes on from here", file=sys.stderr)
+            raise
+        gather(None)
+        if not is_main_process():
+            return 0
+        totals = prediction.finish()
+        seconds = time.perf_counter() - start
+        print(
+            f"{totals.detections} detections in {totals.images} images, {seconds:.1f} s, "
+            f"{prediction.predictor.engine}: {out}"
+        )
+    if totals.skipped:
+        count = totals.images + totals.skipped
+        print(f"fcos: {totals.skipped} of {count} images skipped", file=sys.stderr)
+    return 1 if totals.skipped else 0
 
 
 def draw_examples(detector: FCOS, dataset: VOC2007DetectionTiny, path: Path, device: str) -> None:

@@ -20,7 +20,8 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-COMMANDS = ("train", "eval", "predict", "demo", "score", "data check", "data shapes", "grade")
+COMMANDS = ("train", "eval", "predict", "export", "demo", "score")
+COMMANDS += ("data check", "data shapes", "grade")
 
 # Options in running text that belong to other programs than `fcos`.
 OTHER_OPTIONS = {"--nproc-per-node", "--rows", "--seeds", "--table"}

@@ -1,6 +1,15 @@
 """Deployment: detect objects in image files with a trained detector, some of which come along."""
 
 from eecs598.deploy.demo import launch_demo
+from eecs598.deploy.journal import Journal, Totals
+from eecs598.deploy.onnx import (
+    OPSET,
+    ExportCheck,
+    OnnxDescription,
+    OnnxDetector,
+    export_onnx,
+    missing_onnx_packages,
+)
 from eecs598.deploy.prediction import detect, picture_names, to_json, write_picture
 from eecs598.deploy.pretrained import (
     WEIGHTS_FOLDER,
@@ -10,9 +19,17 @@ from eecs598.deploy.pretrained import (
 )
 
 __all__ = [
+    "OPSET",
     "WEIGHTS_FOLDER",
+    "ExportCheck",
+    "Journal",
+    "OnnxDescription",
+    "OnnxDetector",
+    "Totals",
     "detect",
+    "export_onnx",
     "launch_demo",
+    "missing_onnx_packages",
     "picture_names",
     "pretrained_names",
     "read_checkpoint",

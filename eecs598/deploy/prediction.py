@@ -123,12 +123,15 @@ def picture_names(paths: Sequence[Path]) -> list[str]:
     """
     names: list[str] = []
     taken: set[str] = set()
+    last_number: dict[str, int] = {}  # of each stem: many folders may have a file of one name
     for path in paths:
         stem = os.fsencode(path.stem)[:180].decode(errors="ignore") or "image"
-        name, number = f"{stem}.jpg", 1
+        number = last_number.get(stem.casefold(), 0) + 1
+        name = f"{stem}.jpg" if number == 1 else f"{stem}-{number}.jpg"
         while name.casefold() in taken:
             number += 1
             name = f"{stem}-{number}.jpg"
+        last_number[stem.casefold()] = number
         taken.add(name.casefold())
         names.append(name)
     return names

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ __all__ = [
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[str]:
+def process_group(device: str, *, timeout: timedelta | None = None) -> Iterator[str]:
     """Join the processes that ``torchrun`` started, if any, and leave the group at the end.
 
     Args:
         device: ``"cpu"``, or ``"cuda"`` for one GPU per process. Tensors on a GPU are exchanged
             with NCCL, others with Gloo.
+        timeout: how long a process waits for the others; PyTorch's own limit unless given.
 
     Yields:
         The device of this process: ``"cpu"``, ``"cuda"``, or ``"cuda:N"`` in a group.
@@ -45,7 +47,8 @@ def process_group(device: str) -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
     yield device
     # Not after an error: the others may be waiting for this process and notice only that it ends.
     dist.destroy_process_group()
