@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fcos.options import add_json_option, check_value, positive_int
+
+if TYPE_CHECKING:
+    from eecs598.grading import Rubric
 
 __all__ = ["add_options", "run"]
 
@@ -22,7 +28,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "folders", type=_folder_name, metavar="FOLDER", nargs="+", help="a submission"
+        "folders",
+        type=_folder_name,
+        metavar="FOLDER",
+        nargs="+",
+        help="a submission, as a folder or zip file, or a course's export of many",
+    )
+    parser.add_argument(
+        "--csv", metavar="FILE", help="write a table, too: a row a submission, a column a section"
+    )
+    parser.add_argument(
+        "--html", metavar="DIR", help="write a page a submission, too, and an index of the class"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="shorten nothing: whole sentences and inputs"
     )
     parser.add_argument("--format", choices=("text", "json", "gradescope"), default="text")
     add_json_option(parser, "write JSON to a file, too; Gradescope's with that format")
@@ -32,9 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=positive_int,
-        default=60,
+        default=18,
         metavar="S",
-        help="seconds for loading a submission, and for each check (60)",
+        help="most seconds for loading a submission and for each question; three times that in all "
+        "(18)",
     )
     parser.add_argument(
         "--jobs", type=positive_int, metavar="N", help="submissions at a time (one per core)"
@@ -54,52 +74,86 @@ def _folder_name(text: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Grade the submissions; return 0 when all have all points, 1 when not, 2 after an error."""
+    from eecs598.grading import load_rubric
+
+    rubric = load_rubric(args.rubric)
+    # Others than us can read it where the sandbox runs as another user.
+    with tempfile.TemporaryDirectory(prefix="fcos-submissions-") as folder:
+        os.chmod(folder, 0o755)
+        return _grade(args, rubric, Path(folder))
+
+
+def _grade(args: argparse.Namespace, rubric: Rubric, work_folder: Path) -> int:
     from eecs598.grading import (
         Graded,
         Options,
         Report,
+        find_submissions,
+        format_pairs,
         format_table,
         format_text,
         grade_folders,
-        load_rubric,
+        similar_pairs,
         to_dict,
         to_gradescope,
+        write_csv,
+        write_pages,
     )
     from eecs598.runtime import write_json
 
-    if args.format == "gradescope" and len(args.folders) > 1:
+    found = find_submissions(args.folders, work_folder)
+    if args.format == "gradescope" and len(found) > 1:
         raise ValueError(
-            f"{len(args.folders)} folders given; --format gradescope is for one. Use --format json."
+            f"{len(found)} folders given; --format gradescope is for one. Use --format json."
         )
-    rubric = load_rubric(args.rubric)
     options = Options(
         timeout=args.timeout,
-        total_timeout=15 * args.timeout,
+        total_timeout=3 * args.timeout,
         jobs=args.jobs,
         memory_mb=args.memory,
         checks=tuple(rubric.checks),
     )
+    readable = [one for one in found if one.folder is not None]
     count = 0
 
     def show_progress(graded: Graded) -> None:
         nonlocal count
         count += 1
-        if len(args.folders) > 1:
-            print(f"{count}/{len(args.folders)} {graded.folder}", file=sys.stderr)
+        if len(readable) > 1:
+            print(f"{count}/{len(readable)} {graded.folder}", file=sys.stderr)
 
-    graded = grade_folders(args.folders, Path(__file__).parents[1], options, show_progress)
+    folders = {str(one.folder): one.name for one in readable}
+    ours = Path(__file__).parents[1]
+    done = grade_folders(list(folders), ours, options, show_progress, folders)
+    results = dict(zip(folders, done, strict=True))
+    graded = [
+        Graded.failed(one.name, one.error or "") if one.folder is None else results[str(one.folder)]
+        for one in found
+    ]
     reports = [Report(one, rubric.grade(one.results)) for one in graded]
+    pairs = []
+    if len(readable) > 1:
+        pairs = similar_pairs({results[f].folder: f for f in results})
     if args.format == "gradescope":
         result: Any = to_gradescope(reports[0])
     else:
-        result = {"submissions": [to_dict(report) for report in reports]}
+        result = {
+            "submissions": [to_dict(report) for report in reports],
+            "similar": [dataclasses.asdict(pair) for pair in pairs],
+        }
     if args.json is not None:
         write_json(args.json, result)
+    if args.csv is not None:
+        write_csv(args.csv, reports)
+    if args.html is not None:
+        write_pages(args.html, reports, pairs)
     if args.format == "text":
         for report in reports:
             to_look_at = report.graded.findings or report.graded.suspicious
             if len(reports) == 1 or to_look_at or not report.is_full:
-                print(f"{format_text(report)}\n")
+                print(f"{format_text(report, args.explain)}\n")
+        if pairs:
+            print(f"{format_pairs(pairs)}\n")
         if len(reports) > 1:
             print(format_table(reports))
     else:

@@ -15,9 +15,10 @@ What is tolerated in the files of a submission:
 * a GPU that is taken for granted: the CPU is used;
 * a few names that libraries have removed since the assignment was written.
 
-The notes of the result list all of this. A file that is missing or can't be imported, and a
-function that a file lacks, is replaced by the reference solution's; so are functions that are not
-written yet where other parts call them (``eecs598.grading.submission.completed``). The process
+The notes of the result list all of this. A function that a file lacks is looked for in the other
+files of the submission and in its notebooks. What is found nowhere, and a file that can't be
+imported, is replaced by the reference solution's; so are functions that are missing or wrong where
+other parts call them (``eecs598.grading.submission.with_ours``). The process
 should be used for one submission only: changes to libraries stay until ``unload`` or the next
 submission.
 """
@@ -42,17 +43,24 @@ import torch
 
 from eecs598.grading.compatibility import AbsentPackage, LibraryChanges
 from eecs598.grading.result import isolated, place_of
-from eecs598.grading.source import index_modules, parse_file
-from eecs598.grading.submission import GRADER, PARTS, PUBLIC_NAMES, Submission
+from eecs598.grading.source import NOTEBOOK_SUFFIX, definitions, index_modules, parse_file
+from eecs598.grading.submission import (
+    GRADER,
+    OURS,
+    PARTS,
+    PUBLIC_NAMES,
+    THEIRS,
+    Submission,
+)
 
 __all__ = ["Loaded", "load_submission", "unload"]
 
 # The parts that students write: as much of them as possible is kept. The other part was handed out,
 # so a broken one is replaced as a whole.
-OWN_WORK = {"common", "one_stage_detector"}
+OWN_WORK_PARTS = ("common", "one_stage_detector")
+OWN_WORK = set(OWN_WORK_PARTS)
 
-# The packages below which the files of the submission and of the reference solution are imported.
-THEIRS, OURS = "submission", "ours"
+MISSING = "missing"  # why a part is replaced that is in no file of its name
 
 MAX_NOTES = 40
 
@@ -103,9 +111,12 @@ def load_submission(folder: str | os.PathLike, fallback_folder: str | os.PathLik
     with _preserved_process_state():
         finder.install()
         modules = {part: finder.load_part(part) for part in PARTS}
+        finder.find_elsewhere(modules)
         finder.mark_reference_code(modules)
     submission = Submission(
-        **modules,
+        modules["common"],
+        modules["one_stage_detector"],
+        modules["a4_helper"],
         replaced=finder.replaced,
         ours=lambda part: importlib.import_module(f"{OURS}.{part}"),
     )
@@ -173,7 +184,13 @@ class _SubmissionFinder(importlib.abc.MetaPathFinder):
 
     def summary(self) -> str:
         """Say in one line which files are the submission's and which the reference solution's."""
-        theirs = [f"{part}.py" for part in PARTS if part not in self.replaced]
+        theirs = [
+            f"{part}.py"
+            for part in PARTS
+            if part not in self.replaced and part in self.files[THEIRS]
+        ]
+        if not theirs and len(self.replaced.keys() & OWN_WORK) < len(OWN_WORK):
+            theirs = ["other files"]
         ours = [f"{part}.py ({self.replaced[part]})" for part in PARTS if part in self.replaced]
         ours += [name.partition(".")[2] for name in self.replaced if "." in name]
         own_library = any(name.startswith(f"{THEIRS}.eecs598") for name in sys.modules)
@@ -186,8 +203,9 @@ class _SubmissionFinder(importlib.abc.MetaPathFinder):
         """Return a part of the submission, or the reference one if that can't be imported."""
         if part not in self.files[THEIRS]:
             others = sorted(name for name in self.files[THEIRS] if "." not in name)
-            found = f"; found: {', '.join(f'{name}.py' for name in others[:6])}" if others else ""
-            self.replaced[part] = "missing"
+            names = ", ".join(self.name_of(f"{THEIRS}.{name}") for name in others[:6])
+            found = f"; found: {names}" if others else ""
+            self.replaced[part] = MISSING
             if part in OWN_WORK:
                 self.note(f"{part}.py is missing{found}")
             return importlib.import_module(f"{OURS}.{part}")
@@ -195,6 +213,59 @@ class _SubmissionFinder(importlib.abc.MetaPathFinder):
             return module
         self.replaced[part] = "theirs can't be imported"
         return importlib.import_module(f"{OURS}.{part}")
+
+    def find_elsewhere(self, modules: dict[str, ModuleType]) -> None:
+        """Take what a part lacks from the other files and notebooks of the submission.
+
+        Args:
+            modules: by name of the part. A part of which anything is found becomes a module of the
+                submission.
+        """
+        defined: dict[str, set[str]] = {}
+        for part in OWN_WORK_PARTS:
+            whole = part in self.replaced
+            if whole and self.replaced[part] != MISSING:
+                continue
+            found: dict[str, ModuleType] = {}
+            lacking = [n for n in PUBLIC_NAMES[part] if whole or f"{part}.{n}" in self.replaced]
+            if lacking and not defined:
+                defined = {
+                    name: definitions(path)
+                    for name, path in self.files[THEIRS].items()
+                    if not name.startswith("eecs598.")
+                }
+            for name in lacking:
+                for file in sorted(
+                    defined, key=lambda file: (file.endswith(NOTEBOOK_SUFFIX), file)
+                ):
+                    if file != part and name in defined[file]:
+                        module = self.try_import(f"{THEIRS}.{file}")
+                        if module is not None and hasattr(module, name):
+                            found[name] = module
+                            break
+            if not found:
+                continue
+            if whole:
+                theirs = ModuleType(f"{THEIRS}.{part}")
+                theirs.__dict__.update(
+                    {k: v for k, v in vars(modules[part]).items() if not k.startswith("__")}
+                )
+                modules[part] = theirs
+                del self.replaced[part]
+                for name in PUBLIC_NAMES[part]:
+                    self.replaced[f"{part}.{name}"] = "no file defines it"
+            for name, module in found.items():
+                setattr(modules[part], name, getattr(module, name))
+                self.replaced.pop(f"{part}.{name}", None)
+            self._note_places(part, found)
+
+    def _note_places(self, part: str, found: dict[str, ModuleType]) -> None:
+        """Note where the functions and classes of a part were found."""
+        files: dict[str, list[str]] = {}
+        for name, module in found.items():
+            files.setdefault(self.name_of(module.__name__), []).append(name)
+        for file, names in files.items():
+            self.note(f"not in {part}.py, found in {file}: {', '.join(names)}")
 
     def fill_gaps(self, module: ModuleType, part: str) -> None:
         """Add the reference functions that a module of the submission lacks, for its importers."""
@@ -232,6 +303,8 @@ class _SubmissionFinder(importlib.abc.MetaPathFinder):
         """Return the file name of a module as its author knows it."""
         package, _, name = fullname.partition(".")
         path = self.files[package].get(name)
+        if path and path.suffix == ".ipynb":
+            return path.name
         folder = name.replace(".", "/")
         return f"{folder}/__init__.py" if path and path.stem == "__init__" else f"{folder}.py"
 
@@ -348,7 +421,8 @@ class _FileLoader(importlib.abc.Loader):
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": importer}
         if package == THEIRS:
             self.finder.changes.adapt(tree, file)
-        self._run(module, tree, file, keep_going=package == THEIRS and name in OWN_WORK)
+        keeps = name in OWN_WORK or name.endswith(NOTEBOOK_SUFFIX)
+        self._run(module, tree, file, keep_going=package == THEIRS and keeps)
         if package == THEIRS and name in PARTS:
             self.finder.fill_gaps(module, name)
         if package == OURS:

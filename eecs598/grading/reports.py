@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from eecs598.grading.rubric import Grade, GradedItem
 from eecs598.grading.sandbox.isolation import LAYERS
 from eecs598.grading.sandbox.runner import Graded
+from eecs598.grading.similarity import SimilarPair
 
-__all__ = ["Report", "format_table", "format_text", "to_dict", "to_gradescope"]
+__all__ = ["Report", "format_pairs", "format_table", "format_text", "to_dict", "to_gradescope"]
 
 MAX_FAILURES = 6  # shown per item in the text; the other formats have all
+MAX_SNIPPET_LINES = 6
+WIDTH = 160  # of a line of the text
 MAX_OUTPUT = 2000  # characters of a submission's output, in the text
 
 
@@ -43,31 +47,83 @@ class Report:
         """Whether the submission was graded and has all points."""
         return self.graded.error is None and self.score >= self.max_score
 
+    @property
+    def shown_items(self) -> list[GradedItem]:
+        """Lines of the rubric, those that cost most first, without those that say nothing."""
+        said = [item for item in self.items if item.max_score > 0 or item.faults]
+        return sorted(said, key=lambda item: (-item.lost, not item.faults))
 
-def format_text(report: Report) -> str:
-    """Format all results of a submission as text for people."""
+
+def format_text(report: Report, explain: bool = False) -> str:
+    """Format all results of a submission as text for people.
+
+    Args:
+        report: of the submission.
+        explain: nothing is shortened. Otherwise no line has more than ``WIDTH`` characters.
+    """
     graded = report.graded
     head = f"{graded.folder}: {_points(report)} points"
     if graded.error is not None:
         return f"{head}\n  {graded.error}"
-    lines = [head, ""]
-    for item in report.items:
-        mark = "--" if item.failures else "ok"
-        lines.append(f"  {mark} {item.score:>5g} of {item.max_score:g}  {item.title}")
-        lines += [f"        {sentence}" for sentence in item.failures[:MAX_FAILURES]]
-        if (rest := len(item.failures) - MAX_FAILURES) > 0:
-            lines.append(f"        and {rest} more")
+    lines = [head]
+    if costly := [item for item in report.shown_items if item.lost > 0]:
+        first = ", ".join(f"{item.title} ({item.lost:g})" for item in costly[:3])
+        lines.append(f"  Mend first (points to gain): {first}")
+    lines.append("")
+    explained: dict[str, str] = {}  # problem -> title of the item that has shown it
+    for item in report.shown_items:
+        lines += _item_lines(item, explained, explain)
     for title, sentences in (
         ("What a reviewer would say (no points)", graded.findings),
         ("How it was run", [*graded.notes, _describe_protections(graded)]),
         ("For a person to look at", graded.suspicious),
     ):
         if sentences:
-            lines += ["", f"  {title}", *(f"    - {sentence}" for sentence in sentences)]
+            lines += ["", f"  {title}"]
+            for sentence in sentences:
+                lines += _wrapped(sentence, "    - ", explain)
     if graded.output.strip():
         lines += ["", "  What it printed"]
-        lines += [f"    | {line}" for line in _excerpt(graded.output).splitlines()]
-    return "\n".join(lines)
+        printed = graded.output.strip() if explain else _excerpt(graded.output)
+        lines += [f"    | {line}" for line in printed.splitlines()]
+    return "\n".join(lines if explain else (_shortened(line) for line in lines))
+
+
+def _item_lines(item: GradedItem, explained: dict[str, str], explain: bool) -> list[str]:
+    mark = "--" if item.lost > 0 else ".." if item.faults else "ok"
+    points = f"{item.score:>5g} of {item.max_score:g}" if item.max_score else "no points"
+    ours = f" (judged with our {', '.join(item.with_ours)})" if item.with_ours else ""
+    lines = [f"  {mark} {points:11} {item.title}{ours}"]
+    shown = item.faults if explain else item.faults[:MAX_FAILURES]
+    for fault in shown:
+        cost = f"-{fault.points:g}" if fault.points else "note"
+        sentence = fault.sentence
+        if fault.problem in explained and not explain:
+            label = sentence.removesuffix(fault.problem)
+            sentence = f"{label}as under {explained[fault.problem]!r}"
+        explained.setdefault(fault.problem, item.title)
+        lines.append(f"       {cost:>5}  {sentence}")
+        lines += _snippet_lines(fault.snippet, explain) if fault.snippet else []
+    if (rest := len(item.faults) - len(shown)) > 0:
+        lines.append(f"              and {rest} more (--explain)")
+    return lines
+
+
+def _snippet_lines(snippet: str, explain: bool) -> list[str]:
+    lines = [f"                {line}" for line in snippet.splitlines()]
+    if explain or (len(lines) <= MAX_SNIPPET_LINES and max(map(len, lines)) <= WIDTH):
+        return lines
+    return ["                # the input is long: --explain prints it"]
+
+
+def _wrapped(sentence: str, begin: str, explain: bool) -> list[str]:
+    if explain:
+        return [f"{begin}{sentence}"]
+    return textwrap.wrap(sentence, WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..."
 
 
 def format_table(reports: Sequence[Report]) -> str:
@@ -94,6 +150,15 @@ def format_table(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
+def format_pairs(pairs: Sequence[SimilarPair]) -> str:
+    """Format the pairs of nearly identical submissions, one line each."""
+    lines = ["Nearly identical code, which accuses nobody and says where to look:"]
+    for pair in pairs:
+        functions = f": {', '.join(pair.functions)}" if pair.functions else ""
+        lines.append(f"  {pair.share:4.0%}  {pair.first} and {pair.second}{functions}")
+    return "\n".join(_shortened(line) for line in lines)
+
+
 def to_dict(report: Report) -> dict[str, Any]:
     """Return all results of a submission in a form that can be saved as JSON."""
     graded = report.graded
@@ -108,7 +173,9 @@ def to_dict(report: Report) -> dict[str, Any]:
                 "title": item.title,
                 "score": item.score,
                 "max_score": item.max_score,
-                "failures": list(item.failures),
+                "failures": item.failures,
+                "faults": [asdict(fault) for fault in item.faults],
+                "with_ours": item.with_ours,
             }
             for item in report.items
         ],
@@ -134,12 +201,13 @@ def to_gradescope(report: Report) -> dict[str, Any]:
     tests = [
         _gradescope_test(
             item.title,
-            "\n".join(item.failures),
+            "\n".join(_item_lines(item, {}, explain=False)[1:]),
             score=item.score,
             max_score=item.max_score,
-            status="failed" if item.failures else "passed",
+            status="failed" if item.lost > 0 else "passed",
         )
         for item in report.items
+        if item.max_score > 0 or item.faults
     ]
     if graded.findings:
         text = "\n".join(graded.findings)

@@ -10,18 +10,18 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eecs598.grading.checks.registry import CHECKS, labels_of
-from eecs598.grading.result import CheckResult
+from eecs598.grading.result import CheckResult, ProbeResult
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["Grade", "GradedItem", "Rubric", "RubricItem", "load_rubric"]
+__all__ = ["Fault", "Grade", "GradedItem", "Rubric", "RubricItem", "load_rubric"]
 
 DEFAULT_PATH = Path(__file__).with_name("rubric.toml")
 KEYS = {"title", "check", "points", "probes"}
@@ -47,6 +47,30 @@ class RubricItem:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """One reason for lost points, or a remark without points.
+
+    Attributes:
+        labels: of the probes that failed for this reason.
+        problem: what was wrong, in one line.
+        points: what it costs.
+        snippet: lines of Python with the input, "" if the problem has it.
+    """
+
+    labels: tuple[str, ...]
+    problem: str
+    points: float = 0.0
+    snippet: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The labels and the problem in one line."""
+        rest = len(self.labels) - 1
+        more = f" (and {rest} more)" if rest else ""
+        return f"{self.labels[0]}{more}: {self.problem}"
+
+
+@dataclass(frozen=True)
 class GradedItem:
     """A line of the rubric and a submission's score in it.
 
@@ -55,14 +79,27 @@ class GradedItem:
         title: shown to readers.
         score: points of the submission.
         max_score: points for passing all probes.
-        failures: one sentence for each reason for lost points.
+        faults: the reasons for lost points and the remarks, what costs most first.
+        with_ours: parts that were the reference solution's here, because the submission's own are
+            missing or wrong.
     """
 
     name: str
     title: str
     score: float
     max_score: float
-    failures: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    with_ours: list[str] = field(default_factory=list)
+
+    @property
+    def lost(self) -> float:
+        """Lost points."""
+        return round(self.max_score - self.score, 2)
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence for each fault."""
+        return [fault.sentence for fault in self.faults]
 
 
 @dataclass(frozen=True)
@@ -105,38 +142,56 @@ class Rubric:
 
 
 def _grade_item(item: RubricItem, result: CheckResult | None) -> GradedItem:
-    problems: dict[str, str | None] = {}
+    failed: dict[str, ProbeResult] = {}
+    seen = set()
     for probe in result.probes if result is not None else ():
-        # If a probe occurs twice, the worse result counts.
-        problems[probe.label] = problems.get(probe.label) or probe.problem
-    passed = {label for label in item.probes if problems.get(label, "not asked") is None}
+        seen.add(probe.label)
+        if probe.problem is not None:  # if a probe occurs twice, the worse result counts
+            failed[probe.label] = probe
     whole = sum(item.probes.values())
-    share = sum(item.probes[label] for label in passed) / whole if whole else 0.0
+    worth = {label: item.points * w / whole if whole else 0.0 for label, w in item.probes.items()}
+    score = sum(worth[label] for label in item.probes if label in seen and label not in failed)
 
     known = labels_of(item.check)
-    failures: dict[str, tuple[str, list[str]]] = {}  # reason -> problem and labels of its probes
-    for label, problem in problems.items():
-        # A check that could not be run has a single probe with another label.
-        if problem is not None and (label in item.probes or label not in known):
-            # An endless loop is interrupted at varying lines.
-            reason = re.sub(r" \(\S+\.py, line \d+\)$", "", problem)
-            failures.setdefault(reason, (problem, []))[1].append(label)
-    missing = [label for label in item.probes if label not in problems]
-    if missing and all(label in known for _, labels in failures.values() for label in labels):
-        failures["missing"] = ("the check did not get so far", missing)
-    return GradedItem(
-        item.name,
-        item.title,
-        score=round(item.points * share, 2),
-        max_score=item.points,
-        failures=[f"{_join(labels)}: {problem}" for problem, labels in failures.values()],
+    # A check that could not be run has a single probe with another label.
+    shown = [p for p in failed.values() if p.label in item.probes or p.label not in known]
+    faults = [_fault(probes, worth) for probes in _by_reason(shown)]
+    missing = [label for label in item.probes if label not in seen]
+    lost = sum(worth[label] for label in missing)
+    if missing and all(label in known for fault in faults for label in fault.labels):
+        faults.append(Fault(tuple(missing), "the check did not get so far", round(lost, 2)))
+    elif missing:
+        faults = [replace(faults[0], points=round(faults[0].points + lost, 2)), *faults[1:]]
+    faults.sort(key=lambda fault: -fault.points)
+    ours = result.with_ours if result is not None else []
+    return GradedItem(item.name, item.title, round(score, 2), item.points, faults, ours)
+
+
+def _by_reason(probes: Iterable[ProbeResult]) -> list[list[ProbeResult]]:
+    """Put together probes that failed for one reason, or that ask the same with other numbers."""
+    groups: list[tuple[set[str], list[ProbeResult]]] = []
+    for probe in probes:
+        # An endless loop is interrupted at varying lines and times.
+        reason = re.sub(r" \(\S+\.(py|ipynb), line \d+\)$", "", probe.problem or "")
+        reason = re.sub(r"(still running after) \S+ s", r"\1", reason)
+        keys = {reason, re.sub(r"[\d.,]+", "#", probe.label)}
+        for known, group in groups:
+            if known & keys:
+                known |= keys
+                group.append(probe)
+                break
+        else:
+            groups.append((keys, [probe]))
+    return [group for _, group in groups]
+
+
+def _fault(probes: list[ProbeResult], worth: Mapping[str, float]) -> Fault:
+    return Fault(
+        tuple(probe.label for probe in probes),
+        probes[0].problem or "",
+        round(sum(worth.get(probe.label, 0.0) for probe in probes), 2),
+        next((probe.snippet for probe in probes if probe.snippet), ""),
     )
-
-
-def _join(labels: list[str]) -> str:
-    if len(labels) <= 2:
-        return " and ".join(labels)
-    return f"{labels[0]} (and {len(labels) - 1} more)"
 
 
 def load_rubric(path: str | os.PathLike | None = None) -> Rubric:

@@ -1,9 +1,13 @@
-"""Find, read and parse the Python files of a submission, also those that are partly broken."""
+"""Find, read and parse the Python files of a submission, also those that are partly broken.
+
+Notebooks count as Python files: what their code cells define, without what they run.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,11 +15,13 @@ from pathlib import Path, PurePosixPath
 
 from eecs598.grading.submission import PARTS
 
-__all__ = ["index_modules", "parse_file"]
+__all__ = ["definitions", "index_modules", "parse_file"]
 
 SKIPPED_FOLDERS = {"__MACOSX", "__pycache__", "node_modules", "site-packages"}
 MAX_DEPTH = 6  # of folders in a submission
 MAX_REPAIRS = 20  # pieces to leave out of a file before it counts as unreadable
+NOTEBOOK_SUFFIX = "_ipynb"  # of the name under which a notebook is imported
+MAX_NOTEBOOK = 2**25  # bytes
 
 
 def index_modules(folder: Path) -> dict[str, Path]:
@@ -28,7 +34,7 @@ def index_modules(folder: Path) -> dict[str, Path]:
         # Some programs for Windows pack "A4\\common.py" as the name of a file.
         relative = PurePosixPath(str(path.relative_to(folder)).replace("\\", "/"))
         by_path[relative] = path
-    roots = {path.parent for path in by_path if path.stem in PARTS}
+    roots = {path.parent for path in by_path if path.stem in PARTS and path.suffix == ".py"}
 
     def rank(root: PurePosixPath) -> tuple[int, int, str]:
         parts = sum(root / f"{part}.py" in by_path for part in PARTS)
@@ -37,7 +43,10 @@ def index_modules(folder: Path) -> dict[str, Path]:
     root = min(roots, key=rank, default=PurePosixPath("."))
     names = {}
     for relative, file in sorted(by_path.items()):
-        if relative.is_relative_to(root):
+        if relative.suffix == ".ipynb":
+            stem = re.sub(r"\W", "_", str(relative.with_suffix("")))
+            names[f"{stem}{NOTEBOOK_SUFFIX}"] = file
+        elif relative.is_relative_to(root):
             parts = relative.relative_to(root).with_suffix("").parts
             names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     names.pop("", None)
@@ -55,7 +64,7 @@ def _python_files(folder: Path) -> Iterator[Path]:
         )
         for name in files:
             path = Path(current, name)
-            if not name.endswith(".py") or name.startswith("."):
+            if not name.endswith((".py", ".ipynb")) or name.startswith("."):
                 continue
             is_file = os.path.isfile(path)
             if path.is_symlink():  # it may lead anywhere on this machine
@@ -67,6 +76,8 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path) -> str:
     """Return the text of a source file, whichever encoding its editor used."""
+    if path.suffix == ".ipynb":
+        return _code_cells(path)
     raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return raw.decode("utf-16", errors="replace")
@@ -74,6 +85,69 @@ def _read(path: Path) -> str:
         return importlib.util.decode_source(raw)
     except (SyntaxError, UnicodeDecodeError):
         return raw.decode("cp1252", errors="replace")
+
+
+def _code_cells(path: Path) -> str:
+    """Return the code of a notebook's cells, without the lines that are for notebooks only.
+
+    Raises:
+        SyntaxError: the file is no notebook.
+    """
+    if path.stat().st_size > MAX_NOTEBOOK:
+        raise SyntaxError("a notebook of more than 32 MiB")
+    cells = []
+    try:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+            if cell["cell_type"] == "code" and not text.startswith("%%bash"):
+                if not _is_python(text):
+                    text = re.sub(r"(?m)^(\s*)[%!?].*$", r"\1pass", text)
+                # If a cell without definitions is broken, nothing is lost that can be judged.
+                if _is_python(text) or re.search(r"(?m)^(def|class) ", text):
+                    cells.append(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SyntaxError("it is no notebook") from error
+    return "\n".join(cells)
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def definitions(path: Path) -> set[str]:
+    """Return the names of the functions and classes that a file defines; none if it is broken."""
+    try:
+        tree, _ = parse_file(path, path.name)
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
+        return set()
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in tree.body if isinstance(node, kinds)}
+
+
+def _without_runs(tree: ast.Module) -> ast.Module:
+    """Return what a notebook defines: imports, functions, classes, and values that these use."""
+    kept = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    used = {
+        node.id
+        for statement in tree.body
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name)
+    }
+
+    def is_kept(statement: ast.stmt) -> bool:
+        if isinstance(statement, kept):
+            return True
+        if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.If, ast.Try)):
+            stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name))
+            return any(isinstance(n.ctx, ast.Store) and n.id in used for n in stored)
+        return False
+
+    return ast.Module([node for node in tree.body if is_kept(node)], type_ignores=[])
 
 
 def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
@@ -93,7 +167,8 @@ def parse_file(path: Path, file: str) -> tuple[ast.Module, list[str]]:
     notes = _resolve_conflicts(lines, file)
     while True:
         try:
-            return ast.parse("\n".join(lines)), notes
+            tree = ast.parse("\n".join(lines))
+            return (_without_runs(tree) if path.suffix == ".ipynb" else tree), notes
         except SyntaxError as error:
             if error.lineno is None or len(notes) == MAX_REPAIRS:
                 raise

@@ -350,8 +350,12 @@ def test_another_solution_loses_what_it_rounds(submit, tmp_path):
     loaded = submit(STUDENT_COMMON, STUDENT_DETECTOR)
     rubric = load_rubric()
     grade = rubric.grade(run_checks(loaded.submission, rubric.checks))
-    # IoUs compared in float32, and NaN for boxes without area.
-    assert points(grade) == {"nms": 1.0}, [item.failures for item in grade.items]
+    # NaN for boxes without area. That IoUs are compared in float32 is a remark.
+    assert points(grade) == {"nms": 0.5}, [item.failures for item in grade.items]
+    remarks = [
+        f for item in grade.items for f in item.faults if f.labels[0].endswith("torchvision")
+    ]
+    assert [fault.points for fault in remarks] == [0]
     assert any("absent_cv is not installed" in note for note in loaded.notes)
     found = review_findings(loaded.submission, tmp_path)
     for words in ("different orders", "statistics of", ".item() in the training step"):
@@ -374,12 +378,11 @@ def test_a_function_that_is_not_written_costs_its_own_points(submit):
     assert written in STUDENT_DETECTOR
     detector = STUDENT_DETECTOR.replace(written, f"    return None\n{written}")
     loaded = submit(STUDENT_COMMON, detector)
-    checks = ["centerness", "losses", "inference", "sizes_and_dtypes"]
+    checks = ["centerness", "losses", "inference", "other_sizes"]
     grade = load_rubric().grade(run_checks(loaded.submission, checks))
     scores = {item.name: item.score for item in grade.items}
     assert scores["losses"] == 17 and scores["inference"] == 11
-    # One of the five probes of sizes_and_dtypes tests its precision.
-    assert scores["centerness"] == 0 and scores["sizes_and_dtypes"] == 4
+    assert scores["centerness"] == 0 and scores["other_sizes"] == 8
 
 
 def test_a_detector_is_judged_before_what_it_calls_is_written(submit):
@@ -524,7 +527,7 @@ def test_without_probes_all_weigh_the_same(table):
 
 def test_the_table_is_shipped():
     pyproject = (OURS / "pyproject.toml").read_text()
-    assert DEFAULT_PATH.is_file() and '"eecs598.grading" = ["rubric.toml"]' in pyproject
+    assert DEFAULT_PATH.is_file() and '"eecs598.grading" = ["rubric.toml", ' in pyproject
 
 
 def test_labels_are_those_that_checks_answer(our_results):

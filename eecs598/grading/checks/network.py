@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from eecs598.grading.answers import to_plain_data
 from eecs598.grading.checks.reference import STRIDES
 from eecs598.grading.result import CheckFailure, CheckResult, expect, expect_close, once, show
-from eecs598.grading.submission import Submission, build, evaluating
+from eecs598.grading.submission import OWN_GROUND, Submission, build, evaluating
 
 __all__ = [
     "build_backbone",
@@ -56,7 +56,7 @@ def check_hello(submission: Submission) -> CheckResult:
 def check_backbone(submission: Submission) -> CheckResult:
     """Check ``DetectorBackboneWithFPN``: layers, shapes, top-down pathway, construction."""
     result = CheckResult("backbone")
-    channels = 24
+    channels = OWN_GROUND.fpn_channels
     built = once(lambda: build_backbone(submission, channels))
 
     def backbone() -> Any:
@@ -80,7 +80,10 @@ def check_backbone(submission: Submission) -> CheckResult:
         strides = dict(to_plain_data(backbone().fpn_strides))
         expect(strides == STRIDES, f"fpn_strides: expected {STRIDES}, got {strides}")
         got = to_plain_data(backbone().out_channels)
-        expect(got == channels, f"out_channels=24: expected the attribute to be 24, got {got}")
+        expect(
+            got == channels,
+            f"out_channels={channels}: expected the attribute out_channels, got {got}",
+        )
 
     with result.probe("fpn_params has three 1x1 and three 3x3 convolutions"):
         layers = convolutions(backbone().fpn_params)
@@ -93,25 +96,26 @@ def check_backbone(submission: Submission) -> CheckResult:
                 f"{channels} output channels, got {number} among {sizes}",
             )
 
-    for height, width in ((224, 224), (97, 130), (72, 200)):
-        with result.probe(f"shapes at {height} x {width}"):
-            stages, levels = run(height, width)
+    on_the_cell = once(lambda: run(224, 224))
+
+    with result.probe("shapes at 224 x 224"):
+        stages, levels = on_the_cell()
+        expect(
+            sorted(levels) == sorted(STRIDES),
+            f"expected the levels {list(STRIDES)}, got {show(list(levels))}",
+        )
+        for level, stride in STRIDES.items():
+            shape = (1, channels, 224 // stride, 224 // stride)
+            stage_shape = tuple(stages[f"c{level[1]}"].shape)
+            got = tuple(levels[level].shape)
             expect(
-                sorted(levels) == sorted(STRIDES),
-                f"expected the levels {list(STRIDES)}, got {show(list(levels))}",
+                got == shape,
+                f"{level} of an image (1, 3, 224, 224): expected {shape}, got {got} (the "
+                f"backbone's c{level[1]} is {stage_shape})",
             )
-            for level, stride in STRIDES.items():
-                shape = (1, channels, math.ceil(height / stride), math.ceil(width / stride))
-                stage_shape = tuple(stages[f"c{level[1]}"].shape)
-                got = tuple(levels[level].shape)
-                expect(
-                    got == shape,
-                    f"{level} of an image (1, 3, {height}, {width}): expected {shape}, got {got} "
-                    f"(the backbone's c{level[1]} is {stage_shape})",
-                )
 
     with result.probe("top-down pathway of the FPN paper, figure 3"):
-        stages, levels = run(64, 128)
+        stages, levels = on_the_cell()
         _expect_top_down(backbone().fpn_params, stages, levels)
 
     with result.probe("building leaves the batch-norm statistics alone"):
@@ -214,7 +218,8 @@ def check_head(submission: Submission) -> CheckResult:
             stem_channels=list(stem),
         )
 
-    settings = ((20, 64, (64, 64)), (1, 16, (24,)), (5, 32, (48, 40, 32)))
+    settings = ((20, 64, (64, 64)), (20, 128, (128, 128)))  # those of the assignment
+    example = settings[0]
 
     def describe(num_classes: int, in_channels: int, stem: tuple[int, ...]) -> str:
         return f"num_classes={num_classes}, in_channels={in_channels}, stem_channels={list(stem)}"
@@ -239,7 +244,7 @@ def check_head(submission: Submission) -> CheckResult:
                 expect(kernels == {(3, 3)}, f"{what}: expected 3x3 kernels, got {kernels}")
 
     with result.probe("weights drawn from N(0, 0.01)"):
-        for name, conv in _named_convolutions(head(*settings[0])):
+        for name, conv in _named_convolutions(head(*example)):
             weight = to_plain_data(conv.weight)
             mean, std = weight.mean().item(), weight.std().item()
             # Six standard errors of the smallest layer, which has 576 weights.
@@ -250,23 +255,23 @@ def check_head(submission: Submission) -> CheckResult:
             )
 
     with result.probe("biases 0"):
-        for name, conv in _named_convolutions(head(*settings[0])):
+        for name, conv in _named_convolutions(head(*example)):
             if not name.startswith("pred_cls"):
                 bias = to_plain_data(conv.bias)
                 largest = "no bias" if bias is None else bias.abs().max().item()
                 expect(largest == 0, f"{name}.bias: expected 0, got up to {show(largest)}")
 
     with result.probe("pred_cls.bias is -log(99)"):
-        model = head(*settings[0])
+        model = head(*example)
         expect_close("pred_cls.bias", model.pred_cls.bias, [-math.log(99)] * 20, 1e-5)
 
     with result.probe("predictions of shape (B, H * W, C)"):
         for setting in settings:
             num_classes, in_channels, _ = setting
             feats = {
-                "p3": torch.randn(3, in_channels, 6, 4),
-                "p4": torch.randn(3, in_channels, 3, 2),
-                "p5": torch.randn(3, in_channels, 2, 1),
+                "p3": torch.randn(2, in_channels, 28, 28),
+                "p4": torch.randn(2, in_channels, 14, 14),
+                "p5": torch.randn(2, in_channels, 7, 7),
             }
             predictions = to_plain_data(head(*setting)(feats))
             for name, values, channels in zip(
@@ -276,7 +281,7 @@ def check_head(submission: Submission) -> CheckResult:
                 strict=True,
             ):
                 for level, feat in feats.items():
-                    shape = (3, feat[0, 0].numel(), channels)
+                    shape = (2, feat[0, 0].numel(), channels)
                     got = tuple(values[level].shape)
                     expect(
                         got == shape,
@@ -285,12 +290,12 @@ def check_head(submission: Submission) -> CheckResult:
                     )
 
     with result.probe("ReLU after each stem convolution"):
-        model = with_random_weights(head(*settings[2]))
-        maps = torch.randn(1, 32, 5, 4)
+        model = with_random_weights(head(*example))
+        maps = torch.randn(1, 64, 14, 14)
         for name in ("stem_cls", "stem_box"):
             stem = getattr(model, name)
             number = len(convolutions(stem))
-            expect(number == 3, f"stem_channels=[48, 40, 32]: expected 3 in {name}, got {number}")
+            expect(number == 2, f"stem_channels=[64, 64]: expected 2 in {name}, got {number}")
             got, expected = to_plain_data(stem(maps)), _run_stem(stem, maps)
             expect(
                 got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-3),
@@ -299,8 +304,8 @@ def check_head(submission: Submission) -> CheckResult:
             )
 
     with result.probe("centerness comes from the box stem"):
-        model = with_random_weights(head(*settings[2]))
-        maps = torch.randn(1, 32, 5, 4)
+        model = with_random_weights(head(*example))
+        maps = torch.randn(1, 64, 14, 14)
         predictions = to_plain_data(model({level: maps for level in STRIDES}))
         for name, stem_name, values in (
             ("pred_cls", "stem_cls", predictions[0]["p3"]),
@@ -322,8 +327,8 @@ def check_head(submission: Submission) -> CheckResult:
             )
 
     with result.probe("shared by all levels"):
-        model = with_random_weights(head(*settings[1]))
-        maps = torch.randn(1, 16, 3, 5)
+        model = with_random_weights(head(*example))
+        maps = torch.randn(1, 64, 14, 14)
         for values in to_plain_data(model({level: maps for level in STRIDES})):
             for level in ("p4", "p5"):
                 what = f"the same features as p3 and as {level}: predictions of {level}"

@@ -23,7 +23,7 @@ To add a check:
    has at least three probes. Every probe is made whatever fails, since ``labels_of`` learns the
    labels from an empty submission.
 2. Add it to ``_CHECKS_AND_NAMES`` below, with the names that it tests, in the order of the
-   assignment; and to ``_WHOLE_DETECTOR`` if it tests how parts work together.
+   assignment; and to ``_CALLED_BY`` if what it tests calls other parts.
 3. Give it points in ``rubric.toml``; all of them add up to 100, so another section gets fewer. A
    check that is not in that file is named in ``tests/grading/test_rubric.py`` (``unlisted``) and in
    ``docs/grading-yourself.md``.
@@ -44,21 +44,29 @@ from eecs598.grading.checks.a4_helper import (
     check_evaluation_export,
     check_train_detector,
 )
-from eecs598.grading.checks.detector import check_inference, check_sizes_and_dtypes
+from eecs598.grading.checks.detector import check_inference
 from eecs598.grading.checks.locations import check_location_coords, check_location_order
 from eecs598.grading.checks.losses import check_losses, check_training
 from eecs598.grading.checks.network import check_backbone, check_head, check_hello
 from eecs598.grading.checks.nms import check_class_spec_nms, check_nms
+from eecs598.grading.checks.other_sizes import check_other_sizes
 from eecs598.grading.checks.targets import (
     check_box_decoding,
     check_centerness,
     check_deltas,
     check_matching,
 )
-from eecs598.grading.result import CheckFailure, CheckResult
-from eecs598.grading.submission import PARTS, Submission, completed
+from eecs598.grading.result import CheckFailure, CheckResult, trial
+from eecs598.grading.submission import (
+    PARTS,
+    WORDS,
+    Submission,
+    Verdict,
+    is_unwritten,
+    with_ours,
+)
 
-__all__ = ["CHECKS", "labels_of", "run_checks"]
+__all__ = ["CHECKS", "CHECK_OF", "labels_of", "run_checks", "verdict_on"]
 
 Check = Callable[[Submission], CheckResult]
 
@@ -82,12 +90,14 @@ def _with_required_names(check: Check, *names: str) -> Check:
             if reason is not None:
                 with result.probe(f"{module}.py"):
                     raise CheckFailure(f"expected {attribute}, got nothing: {reason}")
-        if result.probes:
-            return result
-        if check not in _WHOLE_DETECTOR:
-            return check(submission.plain_proxy)
-        with completed(submission) as complete:
-            return check(complete.plain_proxy)
+        if not result.probes:
+            names_of_ours = _choose_ours(check, submission)
+            with with_ours(submission, names_of_ours) as complete:
+                result = check(complete.plain_proxy)
+            result.with_ours = [WORDS[name] for name in names_of_ours]
+        if len(names) == 1:
+            submission.verdicts[names[0]] = verdict_on(result)
+        return result
 
     return run
 
@@ -96,8 +106,86 @@ def _name(check: Check) -> str:
     return check.__name__.removeprefix("check_")
 
 
-# They test how the parts work together; parts that are not written are replaced for them.
-_WHOLE_DETECTOR = {check_losses, check_training, check_inference, check_sizes_and_dtypes}
+def verdict_on(result: CheckResult) -> Verdict:
+    """Say whether later checks may rely on the function that a check tests."""
+    if result.ok:
+        return "right"
+    return "unusable" if any(probe.ran_out_of_time for probe in result.probes) else "wrong"
+
+
+# --------------------------------------------------------------------------------------------
+# Parts of the reference solution in place of broken ones
+# --------------------------------------------------------------------------------------------
+
+_TARGETS = (
+    "common.get_fpn_location_coords",
+    "one_stage_detector.fcos_match_locations_to_gt",
+    "one_stage_detector.fcos_get_deltas_from_locations",
+    "one_stage_detector.fcos_make_centerness_targets",
+)
+_NETWORK = ("common.DetectorBackboneWithFPN", "one_stage_detector.FCOSPredictionNetwork")
+
+# What the subject of a check calls, and is judged without if it is broken.
+_CALLED_BY: dict[Check, tuple[str, ...]] = {
+    check_losses: _TARGETS,
+    check_training: (*_NETWORK, *_TARGETS),
+    check_class_spec_nms: ("common.nms",),
+    check_inference: (
+        "common.get_fpn_location_coords",
+        "one_stage_detector.fcos_apply_deltas_to_locations",
+        "common.nms",
+        "common.class_spec_nms",
+    ),
+    check_other_sizes: tuple(WORDS),
+}
+
+
+def _choose_ours(check: Check, submission: Submission) -> list[str]:
+    """Return the parts, as "module.name", that a check is to use the reference solution's of.
+
+    A part that can't be used is always replaced. One that is wrong on some input is replaced if
+    more probes pass then: a submission may well make up for it elsewhere.
+    """
+    if submission.ours is None:
+        return []
+    verdicts = {name: _verdict(submission, name) for name in _CALLED_BY.get(check, ())}
+    if check is check_class_spec_nms and verdicts["common.nms"] == "missing":
+        return []  # it was handed out; only together with an nms it is a solution
+    broken = [name for name, verdict in verdicts.items() if verdict != "right"]
+    unusable = [name for name in broken if verdicts[name] != "wrong"]
+    if len(unusable) == len(broken):
+        return unusable
+    with trial():
+        passed = []
+        for names in (unusable, broken):
+            with with_ours(submission, names) as complete:
+                result = check(complete.plain_proxy)
+            passed.append(len(result.passed))
+            if result.ok:
+                break
+    return broken if len(passed) == 2 and passed[1] > passed[0] else unusable
+
+
+def _verdict(submission: Submission, name: str) -> Verdict:
+    """Return what the check of a part says, which is run if it was not."""
+    verdicts = submission.verdicts
+    if name not in verdicts:
+        with trial():
+            CHECKS[CHECK_OF[name]](submission)
+    if verdicts[name] == "wrong" and name not in submission.written:
+        answer = []
+        with trial(), CheckResult("smallest call").probe(name):
+            answer.append(is_unwritten(submission, name))
+        if name in submission.replaced or answer != [False]:
+            verdicts[name] = "missing"
+        else:
+            submission.written.add(name)
+    return verdicts[name]
+
+
+# --------------------------------------------------------------------------------------------
+# Table
+# --------------------------------------------------------------------------------------------
 
 # Each check and the names that it tests, in the order of the assignment.
 _CHECKS_AND_NAMES: tuple[tuple[Check, tuple[str, ...]], ...] = (
@@ -118,13 +206,19 @@ _CHECKS_AND_NAMES: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (check_nms, ("common.nms",)),
     (check_class_spec_nms, ("common.class_spec_nms",)),
     (check_inference, ("one_stage_detector.FCOS",)),
-    (check_sizes_and_dtypes, ("one_stage_detector.FCOS",)),
+    (check_other_sizes, ("one_stage_detector.FCOS",)),
     (check_dataset, ("a4_helper.VOC2007DetectionTiny",)),
     (check_train_detector, ("a4_helper.train_detector",)),
     (check_evaluation_export, ("a4_helper.inference_with_detector",)),
 )
 CHECKS: dict[str, Check] = {
     _name(check): _with_required_names(check, *names) for check, names in _CHECKS_AND_NAMES
+}
+# The check of each part that others call.
+CHECK_OF = {
+    names[0]: _name(check)
+    for check, names in _CHECKS_AND_NAMES
+    if len(names) == 1 and names[0] in WORDS
 }
 
 

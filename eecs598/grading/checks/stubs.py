@@ -10,42 +10,51 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eecs598.grading.checks.reference import STRIDES
-from eecs598.grading.submission import FPN_CHANNELS, Submission
+from eecs598.grading.submission import OWN_GROUND, Settings, Submission
 
-__all__ = ["Predictions", "locations_of", "stub_detector"]
+__all__ = ["Predictions", "locations_of", "map_shapes", "stub_detector"]
 
 Predictions = list[dict[str, Tensor]]  # class logits, deltas and centerness logits per level
 
 
-def stub_detector(submission: Submission, predictions: Predictions) -> nn.Module:
+def stub_detector(
+    submission: Submission, predictions: Predictions, settings: Settings = OWN_GROUND
+) -> nn.Module:
     """Return the submission's detector with stubs, which makes the given predictions."""
     example = submission.feature_maps
     return submission.detector_with(
-        backbone=lambda original: _StubBackbone(original, example),
-        pred_net=lambda original: _StubHead(original, predictions),
+        settings,
+        backbone=lambda original: _StubBackbone(original, example, settings.fpn_channels),
+        pred_net=lambda original: _StubHead(
+            original, predictions, _like(example, _small_maps(settings.fpn_channels))
+        ),
     )
 
 
 def locations_of(submission: Submission, images: Tensor) -> dict[str, Tensor]:
     """Return the submission's locations ``(N, 2)`` per level for images ``(B, 3, H, W)``."""
-    return submission.common.get_fpn_location_coords(_map_shapes(images), STRIDES)
+    shapes = map_shapes(images.shape, OWN_GROUND.fpn_channels)
+    options = {} if images.dtype == torch.float32 else {"dtype": images.dtype}
+    return submission.common.get_fpn_location_coords(shapes, STRIDES, **options)
 
 
-def _map_shapes(images: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the shape (B, C, H, W) of the feature map of each level."""
+def _small_maps(channels: int) -> dict[str, Tensor]:
+    """Return feature maps of one small image."""
+    shapes = map_shapes((1, 3, 64, 64), channels)
+    return {level: torch.zeros(shape) for level, shape in shapes.items()}
+
+
+def map_shapes(images: Sequence[int], channels: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape ``(B, channels, H', W')`` of each level for images ``(B, 3, H, W)``."""
     return {
-        level: (
-            len(images),
-            FPN_CHANNELS,
-            *(math.ceil(side / stride) for side in images.shape[-2:]),
-        )
+        level: (images[0], channels, *(math.ceil(side / stride) for side in images[-2:]))
         for level, stride in STRIDES.items()
     }
 
@@ -69,30 +78,36 @@ class _StubBackbone(_Stub):
     """A backbone that returns zeros of the right shapes, which a stub head does not use."""
 
     fpn_strides = STRIDES
-    out_channels = FPN_CHANNELS
 
-    def __init__(self, original: nn.Module, example: object) -> None:
+    def __init__(self, original: nn.Module, example: object, out_channels: int) -> None:
         super().__init__(original)
         self.example = example
+        self.out_channels = out_channels
 
     def forward(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
         """Return a feature map (B, C, H, W) per level."""
         images = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        maps = {level: images.new_zeros(shape) for level, shape in _map_shapes(images).items()}
+        shapes = map_shapes(images.shape, self.out_channels)
+        maps = {level: images.new_zeros(shape) for level, shape in shapes.items()}
         return _like(self.example, maps)
 
 
 class _StubHead(_Stub):
     """A head that returns given predictions."""
 
-    def __init__(self, original: nn.Module, predictions: Predictions) -> None:
+    def __init__(
+        self, original: nn.Module, predictions: Predictions, feats: Mapping[str, Tensor]
+    ) -> None:
         super().__init__(original)
         self.predictions = predictions
+        self.feats = feats  # of one small image
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
         """Return the predictions in the same containers as the original head does."""
         example: object = None
-        # Other checks test the original head.
+        # Other checks test the original head. Its containers do not depend on the images.
+        args = tuple(self.feats if isinstance(x, Mapping) else x for x in args)
+        kwargs = {k: self.feats if isinstance(x, Mapping) else x for k, x in kwargs.items()}
         with contextlib.suppress(Exception), torch.no_grad():
             example = self.original(*args, **kwargs)
         parts = example if isinstance(example, (list, tuple)) else ()

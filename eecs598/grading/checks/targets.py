@@ -10,7 +10,7 @@ from torch import Tensor
 from eecs598.grad import rel_error
 from eecs598.grading.checks import reference
 from eecs598.grading.checks.reference import STRIDES
-from eecs598.grading.result import CheckResult, expect, expect_close, show
+from eecs598.grading.result import CheckResult, call_snippet, expect, expect_close, show
 from eecs598.grading.submission import Submission
 
 __all__ = ["check_box_decoding", "check_centerness", "check_deltas", "check_matching"]
@@ -129,9 +129,14 @@ def _expect_match(
         # If there are many boxes, the sentence names those that contain the location.
         x, y = point
         near = [b for b in boxes if len(boxes) < 4 or min(reference.ltrb(x, y, b)) > 0]
-        expect_close(
-            f"location {show(point)} on {level}, boxes {show(near)}", got_box, expected_box
+        snippet = call_snippet(
+            "one_stage_detector.fcos_match_locations_to_gt",
+            {level: torch.tensor([point])},
+            STRIDES,
+            torch.tensor(near),
         )
+        what = f"location {show(point)} on {level}, {len(near)} boxes"
+        expect_close(what, got_box, expected_box, snippet=snippet)
 
 
 def check_deltas(submission: Submission) -> CheckResult:
@@ -145,8 +150,9 @@ def check_deltas(submission: Submission) -> CheckResult:
                 got = osd.fcos_get_deltas_from_locations(location[None], box[None], stride=stride)
                 x, y = location.tolist()
                 expected = torch.tensor([reference.ltrb(x, y, box.tolist())]) / stride
-                what = f"location {show(location)}, box {show(box)}, stride {stride}"
-                expect_close(what, got, expected, 1e-6)
+                name = "one_stage_detector.fcos_get_deltas_from_locations"
+                snippet = call_snippet(name, location[None], box[None], stride)
+                expect_close(f"stride {stride}", got, expected, 1e-6, snippet)
 
     with result.probe("boxes without class id"):
         got = osd.fcos_get_deltas_from_locations(CELL_LOCATIONS, CELL_BOXES[:, :4], stride=8)
@@ -229,7 +235,8 @@ def check_centerness(submission: Submission) -> CheckResult:
         deltas = torch.tensor([[2.5, 3.125, 8.75, 9.375], [0.25, 1.125, 1, 0.125], [-1] * 4])
         expected = torch.tensor([0.30860671401, 0.1666666716, -1.0])
         got = osd.fcos_make_centerness_targets(deltas)
-        expect_close(f"deltas {show(deltas)}", got, expected, 1e-6)
+        snippet = call_snippet("one_stage_detector.fcos_make_centerness_targets", deltas)
+        expect_close("deltas of the cell", got, expected, 1e-6, snippet)
         error = rel_error(got, expected)
         expect(error < 1e-7, f"relative error of the cell: expected below 1e-7, got {error:.3g}")
 

@@ -21,26 +21,27 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
 import torch
 
-from eecs598.grading.checks.registry import CHECKS
-from eecs598.grading.result import CheckResult, ProbeResult
+from eecs598.grading.checks.registry import CHECK_OF, CHECKS, verdict_on
+from eecs598.grading.result import ENDED, CheckResult, ProbeResult
 from eecs598.grading.sandbox.isolation import LAYERS, Limits, adopt_orphans, children, kill_orphans
+from eecs598.grading.sandbox.patience import Patience, measure_slowness
 from eecs598.grading.sandbox.worker import FINDINGS, Job, run_job
 
-__all__ = ["ENDED", "Graded", "Options", "grade_folders"]
+__all__ = ["Graded", "Options", "grade_folders"]
 
-ENDED = "runs to its end"  # label of the probe that fails if the process of a check ends
 POLL = 0.1  # seconds between two checks of what a process uses
 GRACE = 2.0  # seconds after the time-out in which a process should end by itself
 MAX_LINE = 2**20
 MAX_PROBES = 100  # of a check
 MAX_SENTENCE = 600
+MAX_SNIPPET = 4000
 MAX_SENTENCES = 60
 KEPT_OUTPUT = 2**15  # bytes of the output of a process to keep from its start and from its end
 MAX_FILES = 5000
@@ -52,8 +53,9 @@ class Options:
     """Settings of grading.
 
     Attributes:
-        timeout: seconds for loading a submission and for each check. After this time a check is
-            interrupted, and after twice the time its process is ended.
+        timeout: seconds for loading a submission, and the most for a probe; a probe that takes our
+            solution less gets less (``patience.py``). After this time it is interrupted, and after
+            twice the time its process is ended.
         total_timeout: seconds for a submission as a whole.
         jobs: number of submissions to grade at the same time; None for the number of cores.
         memory_mb: memory that a submission may allocate, in MiB.
@@ -62,8 +64,8 @@ class Options:
         findings: whether to list review findings, which cost no points.
     """
 
-    timeout: float = 60.0
-    total_timeout: float = 900.0
+    timeout: float = 18.0
+    total_timeout: float = 54.0
     jobs: int | None = None
     memory_mb: int = 2048
     disk_mb: int = 256
@@ -97,12 +99,24 @@ class Graded:
     protections: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    @classmethod
+    def failed(cls, folder: str, error: str) -> Graded:
+        """Return the result of a submission that could not be graded at all."""
+        return cls(_printable(folder), error=_printable(error))
+
+
+def _printable(name: str) -> str:
+    # A file name may be undecodable, or contain control characters.
+    text = os.fsencode(name).decode(errors="replace")
+    return "".join(c if c.isprintable() else "?" for c in text)
+
 
 def grade_folders(
     folders: Sequence[str | os.PathLike],
     fallback: str | os.PathLike,
     options: Options | None = None,
     report: Callable[[Graded], None] = lambda graded: None,
+    names: Mapping[str, str] | None = None,
 ) -> list[Graded]:
     """Grade submissions.
 
@@ -113,6 +127,7 @@ def grade_folders(
         fallback: folder of the reference solution's modules, which replace missing ones.
         options: settings; the defaults unless given.
         report: called with each submission's results when it is done.
+        names: folder -> how to call it in results; its path unless given.
 
     Returns:
         The results, in the order of ``folders``.
@@ -120,7 +135,12 @@ def grade_folders(
     options = options or Options()
     jobs = options.jobs or _num_cores()
     _prepare()
-    gradings = [_Grading(os.fspath(folder), os.fspath(fallback), options) for folder in folders]
+    slowness = measure_slowness()
+    paths, names = [os.fspath(folder) for folder in folders], names or {}
+    gradings = [
+        _Grading(path, names.get(path, path), os.fspath(fallback), options, slowness)
+        for path in paths
+    ]
     waiting, others = deque(gradings), children()
     running: list[_Grading] = []
     with adopt_orphans():
@@ -170,14 +190,15 @@ class _ProtocolError(Exception):
 class _Grading:
     """The state of grading one submission, in one process after the other."""
 
-    def __init__(self, folder: str, fallback: str, options: Options) -> None:
-        # A file name may be undecodable, or contain control characters.
-        name = os.fsencode(folder).decode(errors="replace")
-        self.graded = Graded("".join(c if c.isprintable() else "?" for c in name))
+    def __init__(
+        self, folder: str, name: str, fallback: str, options: Options, slowness: float
+    ) -> None:
+        self.graded = Graded(_printable(name))
         self.is_done = False
         self._folder = os.path.abspath(folder)
         self._fallback = os.path.abspath(fallback)
         self._options = options
+        self._patience = Patience(options.timeout, slowness)
         self._pending = deque(name for name in CHECKS if name in options.checks)
         if options.findings:
             self._pending.append(FINDINGS)
@@ -252,13 +273,19 @@ class _Grading:
             fallback=self._fallback,
             steps=tuple(self._pending),
             work_folder=os.path.realpath(work_folder),
-            timeout=options.timeout,
+            patience=self._patience,
             limits=Limits(
                 memory_mb=options.memory_mb,
                 file_mb=options.disk_mb,
                 cpu_seconds=int(options.total_timeout) + 1,
             ),
             token=secrets.token_hex(16),
+            verdicts=tuple(
+                (name, verdict_on(result))
+                for result in self.graded.results
+                for name, check in CHECK_OF.items()
+                if check == result.name
+            ),
         )
         self._expected = "confined"
         self._probes = []
@@ -296,11 +323,13 @@ class _Grading:
             self._require(bool(self._pending) and message.get("check") == self._pending[0])
             self._require(len(self._probes) < MAX_PROBES)
             problem = message.get("problem")
-            self._probes.append(
-                ProbeResult(
-                    _sentence(message["label"]), None if problem is None else _sentence(problem)
-                )
+            probe = ProbeResult(
+                _sentence(message["label"]),
+                None if problem is None else _sentence(problem),
+                _snippet(message.get("snippet")),
             )
+            self._probes.append(probe)
+            self._set_deadline()
         else:
             self._require(bool(self._pending) and message.get("done") == self._pending[0])
             self._receive_done(message)
@@ -320,7 +349,7 @@ class _Grading:
         self._set_deadline()
 
     def _receive_done(self, message: dict[str, Any]) -> None:
-        self._require(set(message) == {"done", "problem", "found", "tampered"})
+        self._require(set(message) == {"done", "problem", "found", "ours", "tampered"})
         if tampered := _sentences(message["tampered"]):
             raise _ProtocolError(f"replaced what judges it: {', '.join(tampered)}")
         if message["problem"] is not None:
@@ -330,7 +359,8 @@ class _Grading:
             self._pending.popleft()
         else:
             self._require(bool(self._probes))
-            self.graded.results.append(CheckResult(self._pending.popleft(), self._probes))
+            ours = _sentences(message["ours"])
+            self.graded.results.append(CheckResult(self._pending.popleft(), self._probes, ours))
         self._probes = []
         self._set_deadline()
 
@@ -425,7 +455,7 @@ class _Process:
 
     def time_out(self) -> str:
         """Return the problem of a process that did not end in time."""
-        return f"did not come to an end in {2 * self._options.timeout:g} s"
+        return "did not come to an end in time"
 
     def end(self) -> int | None:
         """End it and all that it started, remove its folder, and return its exit status."""
@@ -455,13 +485,15 @@ class _Process:
         text = self.output.text()
         if TRACEBACK in text:
             where = _innermost_place(text, folder)
-            return f"still running after {2 * self._options.timeout:g} s{where}"
+            end = re.search(re.escape(TRACEBACK) + r"0:(\d+):(\d+)", text)
+            seconds = f" after {60 * int(end[1]) + int(end[2])} s" if end else ""
+            return f"still running{seconds}{where}"
         if status is None:
             return "closed the grader's pipe"
         if status >= 0:
             return f"ended its process with exit status {status}"
         if status == -getattr(signal, "SIGXCPU", 0):
-            return f"used {2 * self._options.timeout:g} s of processor time"
+            return "used up its processor time"
         if status == -signal.SIGSEGV:
             return "crashed its process (SIGSEGV)"
         return f"its process was ended by {signal.Signals(-status).name}"
@@ -499,6 +531,14 @@ def _sentence(value: Any) -> str:
         raise _ProtocolError("sent what the grader did not expect")
     text = "".join(c if c.isprintable() else " " for c in value)
     return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE - 4]} ..."
+
+
+def _snippet(value: Any) -> str:
+    """Return the lines of code of a message, not too many; "" if it is too long."""
+    if not isinstance(value, str):
+        raise _ProtocolError("sent what the grader did not expect")
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in value)
+    return text if len(text) <= MAX_SNIPPET else ""
 
 
 def _sentences(value: Any) -> list[str]:

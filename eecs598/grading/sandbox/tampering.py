@@ -237,7 +237,7 @@ def suspicious_code(folder: str | os.PathLike) -> list[str]:
         try:
             if _is_ours(name, path):
                 continue
-            if path.stat().st_size > MAX_SOURCE:
+            if path.suffix == ".py" and path.stat().st_size > MAX_SOURCE:
                 lines.append(f"{path.relative_to(folder)} is larger than 1 MiB")
                 continue
             tree, _ = parse_file(path, path.name)

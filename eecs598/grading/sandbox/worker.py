@@ -27,10 +27,11 @@ import eecs598
 from eecs598.grading.checks.registry import CHECKS
 from eecs598.grading.checks.review import review_findings
 from eecs598.grading.loading import load_submission
-from eecs598.grading.result import CheckResult, Probe
+from eecs598.grading.result import CheckResult, Probe, TookTooLong, is_trial
 from eecs598.grading.sandbox.isolation import Limits, confine, limit_cpu
+from eecs598.grading.sandbox.patience import Patience
 from eecs598.grading.sandbox.tampering import Watch, broken_tools, suspicious_code
-from eecs598.grading.submission import PARTS
+from eecs598.grading.submission import PARTS, Verdict
 
 __all__ = ["FINDINGS", "Job", "run_job"]
 
@@ -49,18 +50,20 @@ class Job:
         fallback: folder of the reference modules that replace missing ones.
         steps: names of checks, and ``FINDINGS``, in order.
         work_folder: the only folder that the process may write to.
-        timeout: seconds for loading and for each step.
+        patience: how long to wait for loading, for each probe and for the review.
         limits: of the process.
         token: begins each line that the process sends.
+        verdicts: name as "module.name" -> what an earlier process found out about it.
     """
 
     folder: str
     fallback: str
     steps: tuple[str, ...]
     work_folder: str
-    timeout: float
+    patience: Patience
     limits: Limits
     token: str
+    verdicts: tuple[tuple[str, Verdict], ...] = ()
 
 
 def run_job(job: Job, channel: Connection, output: Connection) -> None:
@@ -86,14 +89,16 @@ def run_job(job: Job, channel: Connection, output: Connection) -> None:
     torch.set_num_threads(1)
     send(confined=confine(job.work_folder, _readable(job), job.limits))
     tampered: list[str] = []
-    time_limit = _TimeLimit(job.timeout)
-    _report_probes(send, lambda: tampered.extend(watch.restore()), time_limit)
+    time_limit = _TimeLimit()
+    patience = job.patience
+    _report_probes(send, lambda: tampered.extend(watch.restore()), time_limit, patience)
     watch = Watch()
 
     try:
-        with time_limit.limit(), time_limit.interruptible():
+        with time_limit.interrupt_after(patience.most):
             suspicious = suspicious_code(job.folder)
             loaded = load_submission(job.folder, job.fallback)
+            loaded.submission.verdicts.update(job.verdicts)
     except BaseException as error:
         send(failed=f"raised {type(error).__name__}: {error}")
         _exit(1)
@@ -101,22 +106,20 @@ def run_job(job: Job, channel: Connection, output: Connection) -> None:
     send(loaded=[str(note) for note in loaded.notes], suspicious=suspicious, replaced=replaced)
 
     for step in job.steps:
-        problem, found = None, []
+        problem, found, ours = None, [], []
         tampered += broken_tools()
         try:
-            with time_limit.limit():
-                if step == FINDINGS:
-                    with time_limit.interruptible():
-                        found = [
-                            str(finding)
-                            for finding in review_findings(loaded.submission, job.folder)
-                        ]
-                else:
-                    CHECKS[step](loaded.submission)
+            if step == FINDINGS:
+                with time_limit.interrupt_after(patience.most):
+                    findings = review_findings(loaded.submission, job.folder)
+                    found = [str(finding) for finding in findings]
+            else:
+                done = CHECKS[step](loaded.submission)
+                ours = [str(part) for part in done.with_ours]
         except BaseException as error:  # outside of a probe
             problem = f"raised {type(error).__name__}: {error}"
         tampered += watch.restore() + broken_tools()
-        send(done=step, problem=problem, found=found, tampered=sorted(set(tampered)))
+        send(done=step, problem=problem, found=found, ours=ours, tampered=sorted(set(tampered)))
         if tampered:
             break  # no further result of this process could be trusted
     _exit(0)
@@ -157,29 +160,33 @@ def _readable(job: Job) -> list[str]:
     return [job.folder, library, *(os.path.join(job.fallback, f"{part}.py") for part in PARTS)]
 
 
-def _report_probes(send: Send, check_tampering: Callable[[], None], time_limit: _TimeLimit) -> None:
+def _report_probes(
+    send: Send,
+    check_tampering: Callable[[], None],
+    time_limit: _TimeLimit,
+    patience: Patience,
+) -> None:
     """Make the checks send the result of each probe as soon as it is known.
 
     Args:
         send: sends a message to the grader.
         check_tampering: called before a result is sent.
-        time_limit: may interrupt a probe, but not the code between two probes.
+        time_limit: interrupts a probe, but not the code between two probes.
+        patience: says when.
     """
 
     @contextlib.contextmanager
     def wrap_probe(result: CheckResult, probe: Probe) -> Iterator[None]:
-        with probe, time_limit.interruptible():
+        with probe, time_limit.interrupt_after(patience.seconds_for(result.name)):
             yield
-        if result.name in CHECKS:
+        last = result.probes[-1]
+        if last.ran_out_of_time:
+            patience.note_time_out(result.name)
+        if result.name in CHECKS and not is_trial():
             check_tampering()
-            last = result.probes[-1]
-            send(check=result.name, label=last.label, problem=last.problem)
+            send(check=result.name, label=last.label, problem=last.problem, snippet=last.snippet)
 
     CheckResult.wrap_probe = wrap_probe
-
-
-class TookTooLong(Exception):
-    """Raised in the code of a submission when its time is up."""
 
 
 class _TimeLimit:
@@ -189,39 +196,30 @@ class _TimeLimit:
     ended after twice the time: here, with a traceback of where it was, or by the grader.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._may_interrupt = False
+    def __init__(self) -> None:
+        self._seconds: float | None = None  # None: may not interrupt
 
     @contextlib.contextmanager
-    def limit(self) -> Iterator[None]:
-        """Limit the time of the block."""
+    def interrupt_after(self, seconds: float) -> Iterator[None]:
+        """Limit the time of the block, which is in no other such block."""
         # Half a second more, so that the last interruption comes before the traceback.
-        end = 2 * self._seconds + 0.5
+        end = 2 * seconds + 0.5
         limit_cpu(end)
         faulthandler.dump_traceback_later(end, exit=True, file=2)
+        self._seconds = seconds
         if os.name != "nt":
             signal.signal(signal.SIGALRM, self._interrupt)
-            again = max(1.0, self._seconds / 20)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds, again)
+            signal.setitimer(signal.ITIMER_REAL, seconds, max(0.4, seconds / 20))
         try:
             yield
         finally:
+            self._seconds = None
             if os.name != "nt":
                 signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Allow interruptions within the block, which has to be inside a ``limit``."""
-        self._may_interrupt = True
-        try:
-            yield
-        finally:
-            self._may_interrupt = False
-
     def _interrupt(self, *_: object) -> None:
-        if self._may_interrupt:
+        if self._seconds is not None:
             raise TookTooLong(f"still running after {self._seconds:g} s")
 
 

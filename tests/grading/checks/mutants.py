@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -86,7 +87,14 @@ def load(*changes: tuple[str, str, str]) -> Submission:
     finally:
         sys.modules.update(before)
     loaded["common"]._build_backbone = lambda *_: TinyStages()
-    return Submission(**loaded)
+    ours = (lambda part: getattr(unchanged(), part)) if changes else None
+    return Submission(**loaded, ours=ours)
+
+
+@cache
+def unchanged() -> Submission:
+    """Copies of this repository's modules, which replace the broken parts of a mutant."""
+    return load()
 
 
 def failures(results: list[CheckResult]) -> dict[str, list[str]]:
@@ -100,7 +108,9 @@ def failures(results: list[CheckResult]) -> dict[str, list[str]]:
 
 def assert_intended_failures(mutant: Mutant) -> None:
     """Run the checks that a mutant can reach, and expect those that it names to fail."""
-    results = run_checks(load((mutant.module, mutant.old, mutant.new)), REACHABLE[mutant.module])
+    # What takes longest is run only where it is to fail.
+    names = REACHABLE[mutant.module] - ({"other_sizes"} - set(mutant.fails))
+    results = run_checks(load((mutant.module, mutant.old, mutant.new)), names)
     failed = failures(results)
     sentences = [sentence for result in results for sentence in result.failed]
     assert set(failed) == set(mutant.fails), sentences

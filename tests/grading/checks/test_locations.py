@@ -34,14 +34,14 @@ MUTANTS = [
         "common",
         LOCATIONS,
         "torch.stack(grid[::-1], dim=-1).flatten(0, 1)",
-        {"location_coords": "x spans", "location_order": "3 x 5"},
+        {"location_coords": "first five", "location_order": "3 x 5"},
     ),
     Mutant(
         "height and width swapped",
         "common",
         "height, width = shape[-2:]",
         "width, height = shape[-2:]",
-        {"location_coords": "x spans", "location_order": "3 x 5"},
+        {"location_order": "3 x 5", "other_sizes": "not square"},
     ),
     Mutant(
         "half a stride missing",
@@ -55,7 +55,7 @@ MUTANTS = [
         "common",
         LOCATIONS,
         f"{LOCATIONS}.float()",
-        {"location_coords": "dtype"},
+        {"other_sizes": "float64"},
     ),
 ]
 

@@ -12,7 +12,7 @@ MUTANTS = [
         "one_stage_detector",
         "classes = torch.arange(class_logits.shape[-1]",
         "classes = torch.arange(20",
-        {"losses": "three finite", "training": "gradients", "sizes_and_dtypes": "one class"},
+        {"other_sizes": "number of classes"},
     ),
     Mutant(
         "mean instead of sum",

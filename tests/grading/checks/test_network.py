@@ -27,7 +27,7 @@ MUTANTS = [
         "common",
         "top_down, size=merged.shape[-2:], mode",
         "top_down, scale_factor=2, mode",
-        {"backbone": "97 x 130", "sizes_and_dtypes": "65 x 105"},
+        {"other_sizes": "does not divide"},
     ),
     Mutant(
         "1x1 output convolutions",

@@ -48,7 +48,7 @@ MUTANTS = [
         "threshold rounded to float32",
         "iou.double() > iou_threshold",
         "iou > torch.tensor(iou_threshold)",
-        {"nms": "0.3, exactly"},
+        {"nms": "exactly"},
     ),
     nms_mutant(
         "suppressed boxes suppress",
@@ -95,7 +95,7 @@ MUTANTS = [
         "common",
         "return _greedy_nms(boxes, scores, class_ids, iou_threshold)",
         "return _greedy_nms(boxes, scores, None, iou_threshold)",
-        {"class_spec_nms": "do not suppress", "inference": "no NMS between classes"},
+        {"class_spec_nms": "do not suppress"},
     ),
     Mutant(
         "classes shifted apart in float32",
