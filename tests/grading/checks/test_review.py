@@ -140,8 +140,8 @@ def test_detecting_with_gradients_is_found():
         ("one_stage_detector", "    @torch.no_grad()\n    def predict(", "    def predict("),
         (
             "a4_helper",
-            "            with torch.no_grad():\n                boxes",
-            "            if True:\n                boxes",
+            "                with torch.no_grad():\n                    boxes",
+            "                if True:\n                    boxes",
         ),
     )
     (sentence,) = review_findings(submission, FOLDER)
