@@ -51,10 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=positive_int,
-        default=18,
+        default=15,
         metavar="S",
         help="most seconds for loading a submission and for each question; three times that in all "
-        "(18)",
+        "(15)",
     )
     parser.add_argument(
         "--jobs", type=positive_int, metavar="N", help="submissions at a time (one per core)"

@@ -64,8 +64,8 @@ class Options:
         findings: whether to list review findings, which cost no points.
     """
 
-    timeout: float = 18.0
-    total_timeout: float = 54.0
+    timeout: float = 15.0
+    total_timeout: float = 45.0
     jobs: int | None = None
     memory_mb: int = 2048
     disk_mb: int = 256

@@ -38,15 +38,15 @@ MUTANTS = [
     Mutant(
         "largest box wins",
         "one_stage_detector",
-        "areas = areas[:, None].masked_fill",
-        "areas = (1 / areas)[:, None].masked_fill",
+        "cost = sides.prod(dim=-1)[:, None]",
+        "cost = (1 / sides.prod(dim=-1))[:, None]",
         {"matching": "smallest box", "losses": "loss_box"},
     ),
     Mutant(
         "size ranges ignored",
         "one_stage_detector",
-        "& (largest > lower) & (largest < upper)",
-        "",
+        "matches &= (largest > lower) & (largest < upper)",
+        "pass",
         {"matching": "level's range", "losses": "loss_box"},
     ),
     Mutant(
