@@ -42,7 +42,7 @@ def test_other_styles_keep_full_points(quick):
     assert losses(quick) == {}
 
 
-@pytest.mark.skipif("FCOS_SOAK" not in os.environ, reason="takes minutes; set FCOS_SOAK=1")
+@pytest.mark.soak
 def test_all_styles_keep_full_points(tmp_path):
     assert losses(graded(SOLUTIONS, tmp_path, tuple(load_rubric().checks))) == {}
 
