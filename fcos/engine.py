@@ -47,6 +47,7 @@ class Predictor:
         engine: what computes, in words.
         device: of the detector.
         weights_hash: tells detectors apart.
+        pixel_edges: see ``a4_helper.evaluate_detector``.
     """
 
     detector: FCOS | OnnxDetector
@@ -56,6 +57,7 @@ class Predictor:
     engine: str
     device: str
     weights_hash: str
+    pixel_edges: bool
 
     def __call__(
         self, images: Tensor, score_thresh: float, nms_thresh: float
@@ -108,8 +110,7 @@ def load_predictor(
         detector = OnnxDetector(checkpoint, FCOSPostProcessor.select, device)
         facts = detector.description
         digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:32]
-        size = image_size or facts.image_size
-        return _with_onnx(detector, facts.class_names, size, device, digest)
+        return _with_onnx(detector, image_size or facts.image_size, device, digest)
     model = load_detector(
         checkpoint, backbone=backbone, data=data, classes=classes, image_size=image_size
     )
@@ -119,11 +120,18 @@ def load_predictor(
     usable = device == "cpu" and amp == "off" and not missing_onnx_packages()
     if engine == "onnx" or (engine == "auto" and usable and _worth_it(path, num_images)):
         runner = _cached_export(model, path, device)
-        return _with_onnx(runner, model.class_names, size, device, digest)
+        return _with_onnx(runner, size, device, digest)
     model.detector.to(device).eval()
-    strides = model.detector.backbone.fpn_strides
-    name = f"PyTorch {torch.__version__}"
-    return Predictor(model.detector, model.class_names, size, strides, name, device, digest)
+    return Predictor(
+        model.detector,
+        model.class_names,
+        size,
+        model.detector.backbone.fpn_strides,
+        f"PyTorch {torch.__version__}",
+        device,
+        digest,
+        model.settings.data.pixel_edges,
+    )
 
 
 def load_predictor_once(checkpoint: str | os.PathLike[str], **options: Any) -> Predictor:
@@ -133,12 +141,18 @@ def load_predictor_once(checkpoint: str | os.PathLike[str], **options: Any) -> P
     return first if first is not None else load_predictor(checkpoint, **options)
 
 
-def _with_onnx(
-    detector: OnnxDetector, class_names: list[str], image_size: int, device: str, digest: str
-) -> Predictor:
-    name = f"ONNX Runtime {package_versions(_RUNTIMES).popitem()[1]}"
-    strides = detector.description.strides
-    return Predictor(detector, class_names, image_size, strides, name, device, digest)
+def _with_onnx(detector: OnnxDetector, image_size: int, device: str, digest: str) -> Predictor:
+    facts = detector.description
+    return Predictor(
+        detector,
+        facts.class_names,
+        image_size,
+        facts.strides,
+        f"ONNX Runtime {package_versions(_RUNTIMES).popitem()[1]}",
+        device,
+        digest,
+        facts.pixel_edges,
+    )
 
 
 def _worth_it(path: Path, num_images: int | Callable[[], int] | None) -> bool:
@@ -190,7 +204,8 @@ def _weights_hash(model: TrainedDetector) -> str:
 
 def _export_hash(model: TrainedDetector, weights_hash: str) -> str:
     """Return a hash of all that decides what an export holds."""
-    settings = [model.settings.to_dict()["model"], model.settings.data.image_size]
+    data = model.settings.data
+    settings = [model.settings.to_dict()["model"], data.image_size, data.pixel_edges]
     facts: list[Any] = [weights_hash, settings, model.class_names, OPSET]
     facts += [package_versions(_PACKAGES), package_versions(["eecs598-fcos"])]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

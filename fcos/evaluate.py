@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         score_thresh=args.score_thresh,
         nms_thresh=args.nms_thresh,
         amp=args.amp,
-        pixel_edges=model.settings.data.pixel_edges,
+        pixel_edges=model.pixel_edges,
     )
     export_text(evaluation, texts, keep_difficult=args.difficult == "keep")
     comparison = None if other is None else compare(evaluation, other, args.compare)

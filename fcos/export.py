@@ -128,6 +128,7 @@ def export_detector(
         normalized=normalized,
         nms=nms,
         half=half,
+        pixel_edges=settings.data.pixel_edges,
     )
     images = [resize_shorter_side(to_pixels(read_image(each)), size) for each in paths or ()]
     network = FCOSCandidates(detector.eval())

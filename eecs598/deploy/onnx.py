@@ -73,6 +73,8 @@ class OnnxDescription:
             RGB in uint8, which the graph normalizes itself.
         nms: the graph applies score threshold and NMS; otherwise it ends with the candidates.
         half: the network computes in float16.
+        pixel_edges: the detector has learned boxes from edge to edge of their pixels, see
+            ``eecs598.data.Instance.with_edges``.
     """
 
     class_names: list[str]
@@ -83,6 +85,7 @@ class OnnxDescription:
     normalized: bool = False
     nms: bool = True
     half: bool = False
+    pixel_edges: bool = False
 
     def to_metadata(self) -> dict[str, str]:
         """Return texts by name, as an ONNX file holds them; all but the first are JSON."""
