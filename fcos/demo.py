@@ -6,6 +6,7 @@ import argparse
 import threading
 from pathlib import Path
 
+from fcos.export import add_engine_option
 from fcos.options import (
     add_backbone_option,
     add_detection_options,
@@ -36,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         nargs="?",
         default="voc2007",
-        help="file written by fcos train, or the name of a detector that comes along (voc2007)",
+        help="file of fcos train or fcos export (.onnx), or the name of a detector that comes "
+        "along (voc2007)",
     )
     parser.add_argument(
         "--examples", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="images to try it on"
@@ -53,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_detection_options(parser, PICTURE_SCORE_THRESH)
+    add_engine_option(parser)
     plain = parser.add_argument_group(
         "where CHECKPOINT is a plain state dict", "which tells neither backbone nor class names"
     )
@@ -72,31 +75,34 @@ def run(args: argparse.Namespace) -> None:
     from eecs598.data import find_images
     from eecs598.deploy import launch_demo
     from eecs598.training import mixed_precision
-    from fcos.models import load_detector
+    from fcos.engine import load_predictor
 
     examples = _own_examples() if args.examples is None else find_images(args.examples)
-    detector, settings, class_names = load_detector(
+    device = choose_device(args.device)
+    predictor = load_predictor(
         args.checkpoint,
         backbone=args.backbone,
         data=args.data,
         classes=args.classes,
         image_size=args.image_size,
+        device=device,
+        engine=args.engine,
+        amp=args.amp,
+        num_images=0,  # too few to export for; an earlier export is used
     )
-    device = choose_device(args.device)
-    detector.to(device).eval()
 
     def predict(
         images: torch.Tensor, score_thresh: float, nms_thresh: float
     ) -> list[dict[str, torch.Tensor]]:
         autocast, _ = mixed_precision(torch.device(device), args.amp)
         with autocast:  # which holds for one thread, and every photo may have another one
-            return detector.predict(images, score_thresh, nms_thresh)
+            return predictor(images, score_thresh, nms_thresh)
 
     page = launch_demo(
         predict,
         class_spec_nms,
-        class_names,
-        image_size=settings.data.image_size,
+        predictor.class_names,
+        image_size=predictor.image_size,
         score_thresh=args.score_thresh,
         nms_thresh=args.nms_thresh,
         device=device,
@@ -108,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         open_browser=args.open,
     )
     try:
-        print(f"{page.local_url} (Ctrl-C ends it)", flush=True)
+        print(f"{predictor.engine}, {device}: {page.local_url} (Ctrl-C ends it)", flush=True)
         wait_for_signal()
     finally:
         page.close()

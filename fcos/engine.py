@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Predictor", "cache_folder", "load_predictor", "load_predictor_once"]
 
 # Packages whose versions may change what an export holds or how it runs.
-_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", *_RUNTIMES)
+_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 # The export takes some 10 s, and then an image some 15 ms less.
 WORTH_AN_EXPORT = 500
@@ -142,13 +141,15 @@ def load_predictor_once(checkpoint: str | os.PathLike[str], **options: Any) -> P
 
 
 def _with_onnx(detector: OnnxDetector, image_size: int, device: str, digest: str) -> Predictor:
+    import onnxruntime
+
     facts = detector.description
     return Predictor(
         detector,
         facts.class_names,
         image_size,
         facts.strides,
-        f"ONNX Runtime {package_versions(_RUNTIMES).popitem()[1]}",
+        f"ONNX Runtime {onnxruntime.__version__}",
         device,
         digest,
         facts.pixel_edges,

@@ -49,7 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="file of fcos train or fcos export"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="file of fcos train or fcos export (.onnx), or the name of a detector that comes "
+        "along (voc2007)",
     )
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"

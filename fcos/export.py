@@ -28,7 +28,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "It is compared with PyTorch before it is written."
     )
     parser.set_defaults(run=run)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by fcos train")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="file written by fcos train, or the name of a detector that comes along (voc2007)",
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="new .onnx file")
     parser.add_argument(
         "--nms",
@@ -125,10 +129,10 @@ def export_detector(
         score_thresh=SCORE_THRESH,
         nms_thresh=EVAL_NMS_THRESH,
         strides=detector.backbone.fpn_strides,
+        pixel_edges=settings.data.pixel_edges,
         normalized=normalized,
         nms=nms,
         half=half,
-        pixel_edges=settings.data.pixel_edges,
     )
     images = [resize_shorter_side(to_pixels(read_image(each)), size) for each in paths or ()]
     network = FCOSCandidates(detector.eval())

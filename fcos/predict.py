@@ -43,7 +43,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="file of fcos train or fcos export"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="file of fcos train or fcos export (.onnx), or the name of a detector that comes "
+        "along (voc2007)",
     )
     parser.add_argument(
         "images",

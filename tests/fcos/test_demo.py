@@ -25,11 +25,14 @@ def weights(tmp_path) -> str:
     return str(path)
 
 
-def test_serves_until_it_is_interrupted(weights, monkeypatch, capsys):
+def test_serves_until_it_is_interrupted(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pages = []
 
     def interrupted() -> None:
-        url = capsys.readouterr().out.split()[-4]
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith("PyTorch")  # few photos are not worth an export
+        url = line.split()[-4]
         pages.append(urllib.request.urlopen(url, timeout=20).read().decode())
         raise KeyboardInterrupt
 

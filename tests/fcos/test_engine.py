@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from eecs598.training.checkpoint import save_checkpoint
-from fcos import cli, engine
+from fcos import cli, engine, evaluate
 from fcos.models import load_detector
 from tests.deploy.test_onnx import unexplained
 from tests.fcos.test_predict import CLASSES, SETTINGS, untrained
@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path_factory) -> Path:
     """A checkpoint, its export, and eleven photographs of noise in three sizes."""
     folder = tmp_path_factory.mktemp("engine")
-    save_checkpoint(folder / "c.pt", untrained(2).state_dict(), SETTINGS.to_dict(), CLASSES)
+    settings = SETTINGS.replace(pixel_edges=True).to_dict()
+    save_checkpoint(folder / "c.pt", untrained(2).state_dict(), settings, CLASSES)
     assert cli.main(["export", str(folder / "c.pt"), "--out", str(folder / "c.onnx")]) == 0
     (folder / "photos").mkdir()
     for number in range(11):
@@ -76,13 +77,23 @@ def test_onnx_file_and_checkpoint_detect_the_same(folder, tmp_path, cache, capsy
     assert not cache.exists()
 
 
-def test_evaluation_of_an_onnx_file(folder, small_voc, tmp_path):
-    metrics = []
+def test_evaluation_of_an_onnx_file(folder, small_voc, tmp_path, monkeypatch):
+    """The same mAP as of its checkpoint, and boxes compared as they were learned."""
+    metrics, pixel_edges = [], []
+
+    original = evaluate.evaluate
+
+    def recording(*args, **kwargs):
+        pixel_edges.append(kwargs["pixel_edges"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr("fcos.evaluate.evaluate", recording)
     for name in ("c.pt", "c.onnx"):
         command = ["eval", str(folder / name), "--data", str(small_voc), "--workers", "0"]
         assert cli.main([*command, "--out", str(tmp_path / name)]) == 0
         metrics.append(json.loads((tmp_path / name / "metrics.json").read_text()))
     assert metrics[0]["mAP"] == pytest.approx(metrics[1]["mAP"], abs=1e-6)
+    assert pixel_edges == [True, True]
 
 
 def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, capsys):

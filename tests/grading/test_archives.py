@@ -83,6 +83,16 @@ def test_links_are_left_out(find, tmp_path):
     assert find(archive) == {str(archive): ["one_stage_detector.py"]}
 
 
+def test_damaged_archives_are_named(find, tmp_path):
+    """Their errors have many kinds, and the others are graded nevertheless."""
+    whole = pack(tmp_path / "whole.zip", {"common.py": "x = 1\n" * 300}).read_bytes()
+    start = whole.index(b"common.py") + len("common.py")
+    damaged = tmp_path / "damaged.zip"
+    for content in (whole[:-30], whole[:start] + b"\xff" * 6 + whole[start + 6 :]):
+        damaged.write_bytes(content)
+        assert str(find(damaged)[str(damaged)]).startswith("can't be unpacked: ")
+
+
 def test_bombs_are_limited(find, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
     monkeypatch.setattr(archives, "MAX_FILES", 50)
