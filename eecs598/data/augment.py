@@ -104,7 +104,8 @@ class Augmentation:
 
         Returns:
             The pixels ``(3, side, side)`` in uint8 and the boxes ``(M, 5)``: x1, y1, x2, y2, class
-            id. As without augmentation, an object keeps its box as long as anything of it is left.
+            id. As without augmentation, an object keeps its box as long as anything of it is left;
+            ``"iou_crop"`` alone also drops those whose center it cuts off.
         """
         parts = [_to_tv_tensors(pixels, boxes[:, :4], boxes[:, 4]) for pixels, boxes in images]
         whole, whole_target = parts[0] if len(parts) == 1 else _mosaic(parts, side)

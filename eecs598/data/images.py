@@ -135,7 +135,13 @@ def read_image(path: str | os.PathLike, *, upright: bool = True) -> Image.Image:
     """
     with _opened(path) as image:
         image.load()
-        return _to_rgb(_turned_upright(image) if upright else image)
+        if upright:
+            return _to_rgb(_turned_upright(image))
+        result = _to_rgb(image)
+        # The conversion loses it for images with transparency or with more than 8 bits.
+        if "exif" in image.info:
+            result.info["exif"] = image.info["exif"]
+        return result
 
 
 def read_annotated_image(path: str | os.PathLike, annotated: tuple[int, int] | None) -> Image.Image:

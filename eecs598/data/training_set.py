@@ -202,7 +202,7 @@ class TrainingSet(Dataset[Item]):
             The path of its file (in a mosaic, that of the first of the four); the normalized
             pixels ``(3, S, S)``, float32, S being the size that the sample asks for; the boxes
             ``(M, 5)`` as x1, y1, x2, y2 in pixels and class id, padded with rows of -1. Whatever
-            the size and the augmentations, an object has a box as long as anything of it is left.
+            the size, an object has a box as long as anything of it is left, see ``Augmentation``.
         """
         side = sample.image_size or self.image_size
         if not self.augmentation.names:

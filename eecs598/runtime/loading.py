@@ -67,9 +67,11 @@ def batches_of(loader: Iterable[T]) -> Iterator[Iterator[T]]:
         An iterator over the batches.
     """
     before = set(multiprocessing.active_children())
-    iterator = iter(loader)
-    workers = set(multiprocessing.active_children()) - before
-    _running.update(workers)
+    try:
+        iterator = iter(loader)
+    finally:  # where not all of them could be started, too
+        workers = set(multiprocessing.active_children()) - before
+        _running.update(workers)
     try:
         yield iterator
     finally:

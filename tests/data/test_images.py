@@ -180,6 +180,19 @@ def test_the_annotations_size_decides_whether_a_photograph_is_turned(tmp_path, o
             function(path, swapped)
 
 
+@pytest.mark.parametrize("kind", ["RGBA", "I;16"])
+def test_images_that_are_converted_keep_their_orientation(tmp_path, kind):
+    path, exif = tmp_path / "x.png", Image.Exif()
+    exif[0x0112] = 6
+    stored = {
+        "RGBA": Image.new("RGBA", (WIDTH, HEIGHT)),
+        "I;16": Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)),
+    }[kind]
+    stored.save(path, exif=exif)
+    assert annotated_size(path, (WIDTH, HEIGHT)) == (WIDTH, HEIGHT)
+    assert read_annotated_image(path, (WIDTH, HEIGHT)).size == (HEIGHT, WIDTH)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_is_no_reason_to_give_up(tmp_path):
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 20

@@ -96,6 +96,25 @@ def test_evaluation_of_an_onnx_file(folder, small_voc, tmp_path, monkeypatch):
     assert pixel_edges == [True, True]
 
 
+def test_the_detector_says_whether_its_boxes_are_edges(folder, tmp_path, monkeypatch):
+    """Otherwise an evaluation would compare edges with the annotation's numbers."""
+    edges = tmp_path / "edges.pt"
+    settings = SETTINGS.replace(pixel_edges=True).to_dict()
+    save_checkpoint(edges, untrained(2).state_dict(), settings, CLASSES)
+    for file, expected in ((folder / "c.pt", False), (folder / "c.onnx", False), (edges, True)):
+        engine_name = "auto" if file.suffix == ".onnx" else "torch"
+        assert engine.load_predictor(file, engine=engine_name).pixel_edges is expected
+    written = []
+    monkeypatch.setattr(
+        "eecs598.deploy.export_onnx", lambda _network, _path, facts, *_more: written.append(facts)
+    )
+    for file in (folder / "c.pt", edges):
+        engine.export_detector(load_detector(file, backbone=""), tmp_path / "d.onnx")
+    assert [facts.pixel_edges for facts in written] == [False, True]
+    read = [type(facts).from_metadata(facts.to_metadata()) for facts in written]
+    assert [facts.pixel_edges for facts in read] == [False, True]
+
+
 def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, capsys):
     """The cache: used again, mended when broken, and not needed."""
 
