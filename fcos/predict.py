@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """Detect objects in this process, or in this one and those that torchrun started beside it."""
     from datetime import timedelta
 
+    from eecs598.deploy import Journal
     from eecs598.runtime import (
         folder_lock,
         gather,
@@ -109,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(
                 contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
             )
-        if args.resume and result_file(args).is_file():
+        # With --json, a file of that name may be of another prediction.
+        is_stopped = Journal(Path(args.out), 0).exists
+        if args.resume and not is_stopped and result_file(args).is_file():
             print(f"{result_file(args)} is complete already")
             return 0
         prediction = Prediction(args, device)

@@ -96,6 +96,9 @@ class _Finder:
             single = len(archives) == 1 and not folders
             for archive in archives:
                 yield from self.find(archive, name if single else archive.stem, depth)
+            for one in folders:
+                if any(file.suffix in CODE for file in one.rglob("*")):
+                    yield from self._find_in_folder(one, one.name, depth)
         elif not code and folders and all(GRADESCOPE_FOLDER.fullmatch(f.name) for f in folders):
             for one in folders:
                 yield from self._find_in_folder(one, one.name, depth)

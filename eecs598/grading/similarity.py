@@ -106,7 +106,10 @@ def _shingles_by_function(folder: Path) -> dict[str, frozenset[Shingle]]:
             continue
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in OWN_NAMES:
-                tokens = _tokens(node)
+                try:
+                    tokens = _tokens(node)
+                except (ValueError, RecursionError):  # too deep to be written as text
+                    continue
                 starts = range(max(len(tokens) - LENGTH + 1, 0))
                 shingles = {tuple(tokens[n : n + LENGTH]) for n in starts}
                 found.setdefault(node.name, set()).update(shingles)

@@ -235,6 +235,7 @@ def test_a_stopped_prediction_goes_on(folder, tmp_path, monkeypatch, capsys):
     assert predict(folder, "--batch-size", "2", out=out)[0] == 2  # without --resume
     assert predict(folder, "--resume", "--nms-thresh", "0.5", out=out)[0] == 2
     assert "nms_thresh differ" in capsys.readouterr().err
+    (out / "predictions.json").write_text("{}")  # of another prediction
     status, result = predict(folder, "--resume", out=out)
     assert status == 0 and sum(seen) == 11 - len(done)
     assert [image["path"] for image in result["images"]] == [i["path"] for i in whole["images"]]

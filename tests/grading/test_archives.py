@@ -47,6 +47,17 @@ def test_a_folder_and_a_zip_file_are_a_submission(find, tmp_path):
     assert find(archive) == {str(archive): ["common.py"]}
 
 
+def test_folders_beside_zip_files_are_submissions_too(find, tmp_path):
+    pack(tmp_path / "class/ann.zip", {"common.py": "", "one_stage_detector.py": ""})
+    for name in ("bob/common.py", "pictures/a.png"):
+        (tmp_path / "class" / name).parent.mkdir(parents=True)
+        (tmp_path / "class" / name).write_text("")
+    assert find(tmp_path / "class") == {
+        "ann": ["common.py", "one_stage_detector.py"],
+        "bob": ["common.py"],
+    }
+
+
 def test_exports_of_gradescope(find, tmp_path):
     members = {f"export/submission_{n}/common.py": "" for n in (12, 34)}
     archive = pack(tmp_path / "export.zip", {**members, "export/submission_metadata.yml": ":x"})

@@ -51,6 +51,11 @@ def test_copies_are_found_even_if_most_are_copies(folders):
     assert similar_pairs({"empty": folders["copy"].parent / "no", "one": folders["copy"]}) == []
 
 
+def test_code_too_deep_to_compare_is_left_out(folders, tmp_path):
+    (tmp_path / "common.py").write_text(f"def nms(b, s):\n    return {' + '.join(['b'] * 900)}\n")
+    assert similar_pairs({"deep": tmp_path, "one": folders["copy"]}) == []
+
+
 def make_report(name: str, *wrong: str, error: str | None = None) -> Report:
     rubric = load_rubric()
     problem = "expected <1>, got 2 & more"
