@@ -35,10 +35,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a submission, as a folder or zip file, or a course's export of many",
     )
     parser.add_argument(
-        "--csv", metavar="FILE", help="write a table, too: a row a submission, a column a section"
+        "--csv",
+        metavar="FILE",
+        help="write a table, too: a row per submission, a column per section",
     )
     parser.add_argument(
-        "--html", metavar="DIR", help="write a page a submission, too, and an index of the class"
+        "--html", metavar="DIR", help="write a page per submission, too, and an index"
     )
     parser.add_argument(
         "--explain", action="store_true", help="shorten nothing: whole sentences and inputs"
