@@ -118,4 +118,5 @@ def assert_intended_failures(mutant: Mutant) -> None:
         assert any(label in found for found in failed[check]), sentences
     for sentence in sentences:
         assert "\n" not in sentence and len(sentence) < 600
-        assert ("expected" in sentence and "got" in sentence) or "raised" in sentence, sentence
+        said = ("expected" in sentence and "got" in sentence) or "raised" in sentence
+        assert said or "as torchvision" in sentence or "torchvision keeps" in sentence, sentence

@@ -74,14 +74,14 @@ MUTANTS = [
     Mutant(
         "NMS threshold ignored",
         "one_stage_detector",
-        "class_spec_nms(boxes, scores, image_ids * num_classes + labels, nms_thresh)",
-        "class_spec_nms(boxes, scores, image_ids * num_classes + labels, 0.6)",
+        "class_spec_nms(boxes, scores, labels * batch_size + image_ids, nms_thresh)",
+        "class_spec_nms(boxes, scores, labels * batch_size + image_ids, 0.6)",
         {"inference": "NMS threshold"},
     ),
     Mutant(
         "no NMS",
         "one_stage_detector",
-        "class_spec_nms(boxes, scores, image_ids * num_classes + labels, nms_thresh)",
+        "class_spec_nms(boxes, scores, labels * batch_size + image_ids, nms_thresh)",
         "scores.argsort(descending=True)",
         {"inference": "NMS within a class"},
     ),
