@@ -24,7 +24,7 @@ from benchmarks.detector import (
     make_peer,
     peer_prediction,
 )
-from benchmarks.timing import Row, seconds_of, side_by_side
+from benchmarks.timing import Row, latency_of, side_by_side
 from eecs598.deploy import OnnxDescription, OnnxDetector, export_onnx
 from one_stage_detector import FCOSCandidates
 
@@ -49,8 +49,8 @@ def rows(device: str) -> Iterator[Row]:
     ours_seconds, their_seconds = [], []
     for number in range(LATENCY_IMAGES):
         image = images[number % BATCH_SIZE, None]
-        ours_seconds.append(seconds_of(lambda: ours.predict(image, SCORE_THRESH, NMS_THRESH)))  # noqa: B023
-        their_seconds.append(seconds_of(peer_prediction(theirs, image.to(device))))
+        ours_seconds.append(latency_of(lambda: ours.predict(image, SCORE_THRESH, NMS_THRESH)))  # noqa: B023
+        their_seconds.append(latency_of(peer_prediction(theirs, image.to(device))))
     for percent in (50, 95, 99):
         question = f"latency of one image, p{percent} of {LATENCY_IMAGES:,}, ONNX Runtime"
         one, other = (float(np.percentile(all_, percent)) for all_ in (ours_seconds, their_seconds))

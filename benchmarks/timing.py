@@ -54,13 +54,18 @@ def seconds_of(call: Callable[[], Any]) -> float:
     gc.collect()
     gc.disable()  # a collection during the call would be measured, too
     try:
-        _wait_for_gpu()
-        start = time.perf_counter()
-        call()
-        _wait_for_gpu()
-        return time.perf_counter() - start
+        return latency_of(call)
     finally:
         gc.enable()
+
+
+def latency_of(call: Callable[[], Any]) -> float:
+    """Measure the time of one call among many, garbage collection included."""
+    _wait_for_gpu()
+    start = time.perf_counter()
+    call()
+    _wait_for_gpu()
+    return time.perf_counter() - start
 
 
 def _wait_for_gpu() -> None:

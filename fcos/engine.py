@@ -118,8 +118,12 @@ def load_predictor(
     path = cache_folder() / f"{_export_hash(model, digest)}.onnx"
     usable = device == "cpu" and amp == "off" and not missing_onnx_packages()
     if engine == "onnx" or (engine == "auto" and usable and _worth_it(path, num_images)):
-        runner = _cached_export(model, path, device)
-        return _with_onnx(runner, size, device, digest)
+        try:
+            return _with_onnx(_cached_export(model, path, device), size, device, digest)
+        except ValueError as error:
+            if engine == "onnx":
+                raise
+            print(f"fcos: PyTorch is used, since {error}", file=sys.stderr)
     model.detector.to(device).eval()
     return Predictor(
         model.detector,

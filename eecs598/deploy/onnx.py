@@ -271,17 +271,21 @@ def _network_graph(network: nn.Module, description: OnnxDescription) -> onnx.Mod
     # An example with three different sizes, each more than 1, so that none is taken for a constant.
     example = torch.zeros(2, 3, 96, 160, dtype=torch.uint8)
     any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _Candidates(network, description).eval(),
-            (normalize(example) if description.normalized else example,),
-            dynamo=True,
-            dynamic_shapes=(any_size,),
-            input_names=["images"],
-            output_names=list(_ROWS),
-            opset_version=OPSET,
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Candidates(network, description).eval(),
+                (normalize(example) if description.normalized else example,),
+                dynamo=True,
+                dynamic_shapes=(any_size,),
+                input_names=["images"],
+                output_names=list(_ROWS),
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"PyTorch can't export this detector to ONNX: {reason}") from error
     assert program is not None
     model = program.model_proto
     del model.metadata_props[:]

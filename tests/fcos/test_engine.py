@@ -154,17 +154,29 @@ def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, cap
 
 def test_auto_exports_for_many_images(folder, cache, monkeypatch):
     def exporting(model, path, **options):
-        raise ValueError("exported")
+        raise RuntimeError("exported")
 
     monkeypatch.setattr(engine, "export_detector", exporting)
     for count in (engine.WORTH_AN_EXPORT, lambda: engine.WORTH_AN_EXPORT, None):
-        with pytest.raises(ValueError, match="exported"):
+        with pytest.raises(RuntimeError, match="exported"):
             engine.load_predictor(folder / "c.pt", num_images=count)
     few = engine.load_predictor(folder / "c.pt", num_images=engine.WORTH_AN_EXPORT - 1)
     assert few.engine.startswith("PyTorch")
     assert len(few(torch.zeros(2, 3, 48, 64), 0.3, 0.6)) == 2
     monkeypatch.setattr(engine, "missing_onnx_packages", lambda: ["onnx"])
     assert engine.load_predictor(folder / "c.pt").engine.startswith("PyTorch")
+
+
+def test_a_detector_that_can_not_be_exported(folder, cache, monkeypatch, capsys):
+    def failing(*_args: object, **_options: object) -> None:
+        raise torch.onnx.OnnxExporterError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    predictor = engine.load_predictor(folder / "c.pt", num_images=10_000)
+    assert predictor.engine.startswith("PyTorch")
+    assert "can't export this detector to ONNX: no such operator\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="can't export this detector to ONNX: no such operator$"):
+        engine.load_predictor(folder / "c.pt", engine="onnx")
 
 
 def test_what_ends_with_status_2(folder, tmp_path, cache, monkeypatch, capsys):
