@@ -10,15 +10,17 @@ import re
 import shutil
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 __all__ = ["Found", "find_submissions"]
 
 KEPT = (".py", ".ipynb", ".zip")  # what a grader reads; weights and pictures stay packed
 MAX_FILES = 5000  # of an archive
-MAX_BYTES = 2**28  # of an archive, unpacked
+MAX_BYTES = 2**28  # of an archive in another one, unpacked
+MAX_TOTAL_BYTES = 2**32  # of all archives together, those in others included
 MAX_DEPTH = 3  # of archives in archives
 CODE = (".py", ".ipynb")
 
@@ -50,13 +52,21 @@ def find_submissions(paths: Sequence[str], work_folder: Path) -> list[Found]:
         work_folder: an empty folder, for what is unpacked.
     """
     finder = _Finder(work_folder)
-    return [found for path in paths for found in finder.find(Path(path), path, 0)]
+    submissions, taken = [], Counter[str]()
+    for path in paths:
+        for found in finder.find(Path(path), path, 0):
+            taken[found.name] += 1
+            if taken[found.name] > 1:  # whoever comes second may only pretend to be this student
+                found = replace(found, name=f"{found.name} ({taken[found.name]})")
+            submissions.append(found)
+    return submissions
 
 
 class _Finder:
     def __init__(self, work_folder: Path) -> None:
         self._work_folder = work_folder
         self._number = 0
+        self._left = MAX_TOTAL_BYTES
 
     def _new_folder(self) -> Path:
         self._number += 1
@@ -68,8 +78,11 @@ class _Finder:
         if path.is_file() and path.suffix.lower() == ".zip":
             folder = self._new_folder()
             try:
-                _unpack(path, folder)
+                # One at the top may be the export of a whole class.
+                limit = min(self._left, MAX_BYTES) if depth else self._left
+                self._left -= _unpack(path, folder, limit)
             except Exception as error:  # of zipfile, zlib, lzma, ..., whatever a student sends
+                shutil.rmtree(folder)
                 yield Found(name, None, f"can't be unpacked: {error}")
                 return
             yield from self._find_in_folder(folder, name, depth + 1)
@@ -116,8 +129,16 @@ class _Finder:
             yield Found(student, folder)
 
 
-def _unpack(archive: Path, folder: Path) -> None:
+def _unpack(archive: Path, folder: Path, limit: int) -> int:
     """Unpack the source files of an archive into a folder, and nothing outside of it.
+
+    Args:
+        archive: a zip file.
+        folder: to unpack into.
+        limit: bytes to unpack at most.
+
+    Returns:
+        Bytes that were unpacked.
 
     Raises:
         ValueError: a member would leave the folder, or the archive has too much in it.
@@ -126,7 +147,7 @@ def _unpack(archive: Path, folder: Path) -> None:
         members = packed.infolist()
         if len(members) > MAX_FILES:
             raise ValueError(f"{len(members)} files, expected at most {MAX_FILES}")
-        left = MAX_BYTES
+        left = limit
         for member in members:
             # Some programs for Windows write backslashes.
             path = PurePosixPath(member.filename.replace("\\", "/"))
@@ -142,5 +163,6 @@ def _unpack(archive: Path, folder: Path) -> None:
                 while data := source.read(2**20):
                     left -= len(data)
                     if left < 0:
-                        raise ValueError(f"more than {MAX_BYTES // 2**20} MB unpacked")
+                        raise ValueError(f"more than {limit / 2**20:.0f} MB unpacked")
                     unpacked.write(data)
+        return limit - left

@@ -22,17 +22,17 @@ def pack(path: Path, members: dict[str, str]) -> Path:
 
 @pytest.fixture
 def find(tmp_path):
-    """Return a function that gives name and files of each submission found in a path."""
+    """Return a function that gives name and files of each submission found in paths."""
     number = count()
 
-    def names_and_files(path: Path) -> dict[str, list[str] | str | None]:
+    def names_and_files(*paths: Path) -> dict[str, list[str] | str | None]:
         work = tmp_path / f"work {next(number)}"
         work.mkdir()
         return {
             one.name: one.error
             if one.folder is None
             else sorted(str(f.relative_to(one.folder)) for f in one.folder.rglob("*.py"))
-            for one in find_submissions([str(path)], work)
+            for one in find_submissions([str(path) for path in paths], work)
         }
 
     return names_and_files
@@ -105,7 +105,7 @@ def test_damaged_archives_are_named(find, tmp_path):
 
 
 def test_bombs_are_limited(find, tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(archives, "MAX_TOTAL_BYTES", 2**20)
     monkeypatch.setattr(archives, "MAX_FILES", 50)
     large = find(pack(tmp_path / "large.zip", {"common.py": "0" * 2**21}))
     many = find(pack(tmp_path / "many.zip", {f"{n}.py": "" for n in range(60)}))
@@ -119,3 +119,25 @@ def test_bombs_are_limited(find, tmp_path, monkeypatch):
             packed.write(deep, "inner.zip")
         deep = tmp_path / f"{n}.zip"
     assert find(deep) == {str(deep): []}  # archives in archives are opened a few times only
+
+
+def test_all_archives_in_an_archive_share_one_limit(find, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_TOTAL_BYTES", 3 * 2**20)
+    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "class.zip", "w") as packed:
+        for name, size in {"ada": 900, "bob": 1100, "cy": 900, "dan": 900, "eve": 900}.items():
+            inner = pack(tmp_path / f"{name}.zip", {"common.py": "0" * size * 2**10})
+            packed.write(inner, f"{name}.zip")
+    found = find(tmp_path / "class.zip")
+    refused = [name for name, files in found.items() if "unpacked" in str(files)]
+    assert refused == ["bob", "eve"]  # one too large, one too many
+
+
+def test_two_submissions_of_one_name_stay_two(find, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        pack(tmp_path / folder / "ada.zip", {f"{folder}.py": ""})
+        pack(tmp_path / folder / "bob.zip", {"common.py": ""})
+    found = find(tmp_path / "a", tmp_path / "b")
+    assert sorted(found) == ["ada", "ada (2)", "bob", "bob (2)"]
+    assert found["ada"] == ["a.py"] and found["ada (2)"] == ["b.py"]
