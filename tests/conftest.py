@@ -100,3 +100,12 @@ def small_voc(voc_folder) -> Path:
             objects.append((label, x, y, x + side, y + side))
         images["train" if number < 8 else "val"][f"{number:04d}"] = (picture, objects)
     return voc_folder(images)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Grade first: submissions run in copies of this process, as long as copies work.
+
+    After gradients with ``torch.compile`` or fake tensors, new processes take the place of copies.
+    These are slower, and know nothing of what a test has replaced.
+    """
+    items.sort(key=lambda item: "grad" not in item.path.name and "grading" not in item.path.parts)

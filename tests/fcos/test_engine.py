@@ -98,17 +98,17 @@ def test_evaluation_of_an_onnx_file(folder, small_voc, tmp_path, monkeypatch):
 
 def test_the_detector_says_whether_its_boxes_are_edges(folder, tmp_path, monkeypatch):
     """Otherwise an evaluation would compare edges with the annotation's numbers."""
-    edges = tmp_path / "edges.pt"
-    settings = SETTINGS.replace(pixel_edges=True).to_dict()
-    save_checkpoint(edges, untrained(2).state_dict(), settings, CLASSES)
-    for file, expected in ((folder / "c.pt", False), (folder / "c.onnx", False), (edges, True)):
+    numbers = tmp_path / "numbers.pt"
+    settings = SETTINGS.replace(pixel_edges=False).to_dict()
+    save_checkpoint(numbers, untrained(2).state_dict(), settings, CLASSES)
+    for file, expected in ((folder / "c.pt", True), (folder / "c.onnx", True), (numbers, False)):
         engine_name = "auto" if file.suffix == ".onnx" else "torch"
         assert engine.load_predictor(file, engine=engine_name).pixel_edges is expected
     written = []
     monkeypatch.setattr(
         "eecs598.deploy.export_onnx", lambda _network, _path, facts, *_more: written.append(facts)
     )
-    for file in (folder / "c.pt", edges):
+    for file in (numbers, folder / "c.pt"):
         engine.export_detector(load_detector(file, backbone=""), tmp_path / "d.onnx")
     assert [facts.pixel_edges for facts in written] == [False, True]
     read = [type(facts).from_metadata(facts.to_metadata()) for facts in written]

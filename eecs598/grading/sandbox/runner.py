@@ -382,17 +382,30 @@ class _Grading:
         self._probes = []
 
 
+def _can_be_copied() -> bool:
+    """Return whether a copy of this process can do everything that a new one can.
+
+    A copy has its libraries loaded already. On other systems than Linux, copying a process that has
+    loaded them is not safe. Where this process has computed gradients with ``torch.compile``, none
+    can be computed in a copy.
+    """
+    if sys.platform != "linux":
+        return False
+    copy = os.fork()
+    if copy == 0:
+        status = 1
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, requires_grad=True).sum().backward()
+            status = 0
+        os._exit(status)
+    return os.waitpid(copy, 0)[1] == 0
+
+
 class _Process:
     """A process that runs a job, and what it sends."""
 
     def __init__(self, job: Job, options: Options) -> None:
-        # A copy of this process has its libraries loaded already. On other systems than Linux,
-        # copying a process that has loaded them is not safe.
-        context = (
-            multiprocessing.get_context("fork")
-            if sys.platform == "linux"
-            else multiprocessing.get_context("spawn")
-        )
+        context = multiprocessing.get_context("fork" if _can_be_copied() else "spawn")
         self._job = job
         self._options = options
         self._channel, channel = context.Pipe(duplex=False)
