@@ -405,7 +405,11 @@ class _Process:
     """A process that runs a job, and what it sends."""
 
     def __init__(self, job: Job, options: Options) -> None:
-        context = multiprocessing.get_context("fork" if _can_be_copied() else "spawn")
+        context = (
+            multiprocessing.get_context("fork")
+            if _can_be_copied()
+            else multiprocessing.get_context("spawn")
+        )
         self._job = job
         self._options = options
         self._channel, channel = context.Pipe(duplex=False)
