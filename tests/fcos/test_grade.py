@@ -88,10 +88,10 @@ def test_a_process_that_can_not_be_copied():
         from eecs598.grading.sandbox import runner
         from torch._subclasses import FakeTensorMode
         if __name__ == "__main__":
-            assert runner._can_be_copied()
+            assert runner.can_be_copied()
             with FakeTensorMode():
                 torch.ones(3, requires_grad=True).sum().backward()
-            assert not runner._can_be_copied()
+            assert not runner.can_be_copied()
             options = runner.Options(checks=("training",), findings=False, timeout=60)
             (graded,) = runner.grade_folders([Path(".")], Path("."), options)
             assert [one.failed for one in graded.results] == [[]], graded.results

@@ -17,7 +17,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -30,6 +29,7 @@ import torch
 
 from eecs598.grading.checks.registry import CHECK_OF, CHECKS, verdict_on
 from eecs598.grading.result import ENDED, CheckResult, ProbeResult
+from eecs598.grading.sandbox.copying import can_be_copied
 from eecs598.grading.sandbox.isolation import LAYERS, Limits, adopt_orphans, children, kill_orphans
 from eecs598.grading.sandbox.patience import Patience, measure_slowness
 from eecs598.grading.sandbox.worker import FINDINGS, Job, run_job
@@ -382,32 +382,13 @@ class _Grading:
         self._probes = []
 
 
-def _can_be_copied() -> bool:
-    """Return whether a copy of this process can do everything that a new one can.
-
-    A copy has its libraries loaded already. On other systems than Linux, copying a process that has
-    loaded them is not safe. Where this process has computed gradients with ``torch.compile``, none
-    can be computed in a copy.
-    """
-    if sys.platform != "linux":
-        return False
-    copy = os.fork()
-    if copy == 0:
-        status = 1
-        with contextlib.suppress(RuntimeError):
-            torch.ones(1, requires_grad=True).sum().backward()
-            status = 0
-        os._exit(status)
-    return os.waitpid(copy, 0)[1] == 0
-
-
 class _Process:
     """A process that runs a job, and what it sends."""
 
     def __init__(self, job: Job, options: Options) -> None:
         context = (
             multiprocessing.get_context("fork")
-            if _can_be_copied()
+            if can_be_copied()
             else multiprocessing.get_context("spawn")
         )
         self._job = job
