@@ -6,10 +6,13 @@ import argparse
 import threading
 from pathlib import Path
 
-from fcos.export import add_engine_option
-from fcos.options import (
-    add_backbone_option,
+from fcos.checkpoint_options import (
+    add_checkpoint,
     add_detection_options,
+    add_engine_option,
+    add_plain_options,
+)
+from fcos.options import (
     check_value,
     choose_device,
 )
@@ -32,14 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "network and can be reached from this machine alone. Ctrl-C ends it."
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        nargs="?",
-        default="voc2007",
-        help="file of fcos train or fcos export (.onnx), or the name of a detector that comes "
-        "along (voc2007)",
-    )
+    add_checkpoint(parser, nargs="?", default="voc2007")
     parser.add_argument(
         "--examples", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="images to try it on"
     )
@@ -56,15 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_detection_options(parser, PICTURE_SCORE_THRESH)
     add_engine_option(parser)
-    plain = parser.add_argument_group(
-        "where CHECKPOINT is a plain state dict", "which tells neither backbone nor class names"
-    )
-    add_backbone_option(plain)
-    names = plain.add_mutually_exclusive_group()
-    names.add_argument(
-        "--classes", metavar="A,B,C", help="in the order of training (for 20: those of VOC)"
-    )
-    names.add_argument("--data", metavar="DIR", help="the data set that has the classes")
+    add_plain_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,12 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos.export import add_engine_option
+from fcos.checkpoint_options import (
+    add_backbone_option,
+    add_checkpoint,
+    add_detection_options,
+    add_engine_option,
+)
 from fcos.options import (
     EVAL_NMS_THRESH,
     EVAL_SCORE_THRESH,
-    add_backbone_option,
-    add_detection_options,
     add_json_option,
     add_machine_options,
     choose_device,
@@ -48,12 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "metrics.json and, as text files, the detections and the ground truth."
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="file of fcos train or fcos export (.onnx), or the name of a detector that comes "
-        "along (voc2007)",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="folder in VOC layout, or with COCO's JSON"
     )

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos.options import EVAL_NMS_THRESH, add_backbone_option
+from fcos.checkpoint_options import add_backbone_option
+from fcos.options import EVAL_NMS_THRESH
 
 if TYPE_CHECKING:
     from eecs598.deploy import ExportCheck
     from fcos.models import TrainedDetector
 
-__all__ = ["add_engine_option", "add_options", "export_detector", "run"]
+__all__ = ["add_options", "export_detector", "run"]
 
 # What `fcos predict` takes, too: detections for people.
 SCORE_THRESH = 0.4
@@ -58,16 +59,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     plain = parser.add_argument_group("where CHECKPOINT is a plain state dict")
     add_backbone_option(plain)
     plain.add_argument("--classes", metavar="A,B,C", help="in the order of training")
-
-
-def add_engine_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option of other commands that says what computes detections."""
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "torch", "onnx"),
-        default="auto",
-        help="onnx: ONNX Runtime, the faster one on a CPU; auto: that, where it is worth it (auto)",
-    )
 
 
 def run(args: argparse.Namespace) -> None:

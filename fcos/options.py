@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EVAL_NMS_THRESH",
     "EVAL_SCORE_THRESH",
-    "add_backbone_option",
     "add_check_option",
-    "add_detection_options",
     "add_json_option",
     "add_machine_options",
     "add_settings",
@@ -50,10 +48,6 @@ def positive_int(text: str) -> int:
 
 def _natural(text: str) -> int:
     return check_value(int, text, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def _fraction(text: str) -> float:
-    return check_value(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def _output_file(text: str) -> Path:
@@ -91,47 +85,6 @@ def check_value(
 # --------------------------------------------------------------------------------------------
 # Groups of options
 # --------------------------------------------------------------------------------------------
-
-
-def add_detection_options(parser: argparse.ArgumentParser, score_thresh: float) -> None:
-    """Add the options that decide what a trained detector finds."""
-    from eecs598.training import SETTINGS
-
-    amp = SETTINGS["optimization"]["amp"]
-    parser.add_argument(
-        "--image-size", type=positive_int, metavar="N", help="another one than in training"
-    )
-    parser.add_argument(
-        "--score-thresh",
-        type=_fraction,
-        default=score_thresh,
-        metavar="X",
-        help=f"detections score above it ({score_thresh})",
-    )
-    parser.add_argument(
-        "--nms-thresh",
-        type=_fraction,
-        default=EVAL_NMS_THRESH,
-        metavar="X",
-        help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
-    )
-    parser.add_argument(
-        "--amp",
-        choices=amp.choices,
-        default=amp.default,
-        help="auto: compute in bfloat16 or float16 where that is faster; the last digits of "
-        "boxes and scores change (off)",
-    )
-
-
-def add_backbone_option(parser: argparse._ActionsContainer, text: str = "") -> None:
-    """Add ``--backbone NAME``; ``text`` says when it is needed."""
-    from eecs598.training import SETTINGS
-
-    default = SETTINGS["model"]["backbone"].default
-    parser.add_argument(
-        "--backbone", default=default, metavar="NAME", help=f"{text} ({default})".lstrip()
-    )
 
 
 def add_json_option(parser: argparse.ArgumentParser, text: str) -> None:

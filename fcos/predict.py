@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcos.export import add_engine_option
+from fcos.checkpoint_options import (
+    add_checkpoint,
+    add_detection_options,
+    add_engine_option,
+    add_plain_options,
+)
 from fcos.options import (
     EVAL_NMS_THRESH,
-    add_backbone_option,
-    add_detection_options,
     add_json_option,
     add_machine_options,
     choose_device,
@@ -42,12 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "torchrun --nproc-per-node N -m fcos predict ..."
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="file of fcos train or fcos export (.onnx), or the name of a detector that comes "
-        "along (voc2007)",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "images",
         nargs="+",
@@ -74,15 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images per step; those of one size go through the network together (8)",
     )
-    plain = parser.add_argument_group(
-        "where CHECKPOINT is a plain state dict", "which tells neither backbone nor class names"
-    )
-    add_backbone_option(plain)
-    names = plain.add_mutually_exclusive_group()
-    names.add_argument(
-        "--classes", metavar="A,B,C", help="in the order of training (for 20: those of VOC)"
-    )
-    names.add_argument("--data", metavar="DIR", help="the data set that has the classes")
+    add_plain_options(parser)
     add_machine_options(parser)
 
 
