@@ -26,3 +26,12 @@ class ImageAnnotation:
     objects: list[dict[str, Any]] = field(default_factory=list)
     size: tuple[int, int] | None = None
     difficult_known: bool = True
+
+    @property
+    def ordinary(self) -> list[dict[str, Any]]:
+        """The objects that are not difficult, with the keys of the course's index."""
+        return [
+            {"name": item["name"], "xyxy": item["xyxy"]}
+            for item in self.objects
+            if not item["difficult"]
+        ]

@@ -144,13 +144,7 @@ def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, lis
     Raises:
         ValueError: as ``load_annotations``.
     """
-    return [
-        (
-            image.path,
-            [{"name": o["name"], "xyxy": o["xyxy"]} for o in image.objects if not o["difficult"]],
-        )
-        for image in load_annotations(root, split)
-    ]
+    return [(image.path, image.ordinary) for image in load_annotations(root, split)]
 
 
 def load_annotations(root: str | os.PathLike[str], split: str) -> list[ImageAnnotation]:

@@ -309,7 +309,7 @@ def build_index(root: str | os.PathLike[str], split: str) -> list[Any]:
         ValueError: as ``read_split`` and ``read_annotation``.
     """
     return [
-        [_INDEX_ROOT + image.path.relative_to(root).as_posix(), _ordinary(image.objects)]
+        [_INDEX_ROOT + image.path.relative_to(root).as_posix(), image.ordinary]
         for image in _read_devkit(root, split)
     ]
 
@@ -319,13 +319,6 @@ def _read_devkit(root: str | os.PathLike[str], split: str) -> list[ImageAnnotati
     return [
         ImageAnnotation(image, *read_annotation(annotation))
         for annotation, image in list_files(root, split)
-    ]
-
-
-def _ordinary(objects: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the objects that are not difficult, as the course's index has them."""
-    return [
-        {"name": item["name"], "xyxy": item["xyxy"]} for item in objects if not item["difficult"]
     ]
 
 
@@ -366,7 +359,7 @@ def load_index(root: str | os.PathLike[str], split: str) -> list[tuple[Path, lis
     Raises:
         ValueError: as ``load_annotations``.
     """
-    return [(image.path, _ordinary(image.objects)) for image in load_annotations(root, split)]
+    return [(image.path, image.ordinary) for image in load_annotations(root, split)]
 
 
 def load_annotations(
