@@ -716,6 +716,8 @@ def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 class Candidates(NamedTuple):
     """What every location of a batch detects, before thresholds and NMS; all levels joined.
 
+    N is the number of locations times that of classes per location.
+
     Attributes:
         boxes: ``(B, N, 4)`` in pixels.
         labels: ``(B, N)``, class ids.
@@ -731,15 +733,17 @@ class Candidates(NamedTuple):
 class FCOSPostProcessor:
     """From network outputs to detections: scores, boxes, non-maximum suppression.
 
-    A location detects its most probable class with the score sqrt(class probability *
-    centerness). The paper multiplies without the root (section 3.3) and may detect several
-    classes per location.
+    A location detects its most probable classes, each with the score sqrt(class probability *
+    centerness). The assignment takes one class per location. The paper multiplies without the
+    root and takes every class above a threshold (section 3.3 and its code).
 
     Args:
         strides: stride of each level.
+        classes_per_location: number of classes; at most all of them are taken.
     """
 
     strides: Mapping[str, int]
+    classes_per_location: int = 1
 
     def __call__(
         self,
@@ -773,13 +777,19 @@ class FCOSPostProcessor:
         """
         locations, strides = _join_levels(outputs.locations, self.strides)
         all_class_probs = _join_predictions(outputs.class_logits).sigmoid()  # (B, N, C)
-        class_probs, labels = all_class_probs.max(dim=-1)  # (B, N)
-        centerness = _join_predictions(outputs.centerness_logits).sigmoid().squeeze(-1)  # (B, N)
-        scores = (class_probs * centerness).sqrt()  # (B, N)
+        count = min(self.classes_per_location, all_class_probs.shape[-1])
+        if count == 1:
+            class_probs, labels = all_class_probs.max(dim=-1, keepdim=True)  # (B, N, 1)
+        else:
+            class_probs, labels = all_class_probs.topk(count, dim=-1)  # (B, N, count)
+        centerness = _join_predictions(outputs.centerness_logits).sigmoid()  # (B, N, 1)
+        scores = (class_probs * centerness).sqrt()  # (B, N, count)
         deltas = _join_predictions(outputs.deltas)
         boxes = fcos_apply_deltas_to_locations(deltas, locations, strides)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, image_size)
-        return Candidates(boxes, labels, scores)
+        if count > 1:
+            boxes = boxes.repeat_interleave(count, dim=1)
+        return Candidates(boxes, labels.flatten(1), scores.flatten(1))
 
     @staticmethod
     def select(
@@ -837,6 +847,7 @@ class FCOS(nn.Module):
         frozen_batch_norm: keep the running statistics of the backbone's batch norms in training,
             which batches of few images would only disturb.
         drop_path_rate: see ``DetectorBackboneWithFPN``.
+        classes_per_location: of which ``predict`` makes detections, see ``FCOSPostProcessor``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -878,6 +889,7 @@ class FCOS(nn.Module):
         level_scales: bool = False,
         frozen_batch_norm: bool = False,
         drop_path_rate: float = 0.0,
+        classes_per_location: int = 1,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -895,7 +907,7 @@ class FCOS(nn.Module):
             dropout=head_dropout,
         )
         self.criterion = FCOSLoss(strides, box_loss, center_radius, quality, assignment)
-        self.post_processor = FCOSPostProcessor(strides)
+        self.post_processor = FCOSPostProcessor(strides, classes_per_location)
         # Moving average of the foreground locations per image. A buffer, because like the
         # statistics of batch norm it belongs to the state of a training run.
         self.register_buffer("loss_normalizer", torch.tensor(150.0))

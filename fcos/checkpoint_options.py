@@ -50,6 +50,12 @@ def add_detection_options(parser: argparse.ArgumentParser, score_thresh: float) 
         help=f"IoU above which the lower of two is dropped ({EVAL_NMS_THRESH})",
     )
     parser.add_argument(
+        "--classes-per-location",
+        type=positive_int,
+        metavar="N",
+        help="a location detects at most N classes (as in the settings of its training, usually 1)",
+    )
+    parser.add_argument(
         "--amp",
         choices=amp.choices,
         default=amp.default,

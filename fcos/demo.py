@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         data=args.data,
         classes=args.classes,
         image_size=args.image_size,
+        classes_per_location=args.classes_per_location,
         device=device,
         engine=args.engine,
         amp=args.amp,

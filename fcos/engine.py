@@ -45,7 +45,7 @@ class Predictor:
         strides: of each pyramid level.
         engine: what computes, in words.
         device: of the detector.
-        weights_hash: tells detectors apart.
+        detector_hash: tells detectors apart.
         pixel_edges: see ``a4_helper.evaluate_detector``.
     """
 
@@ -55,7 +55,7 @@ class Predictor:
     strides: Mapping[str, int]
     engine: str
     device: str
-    weights_hash: str
+    detector_hash: str
     pixel_edges: bool
 
     def __call__(
@@ -72,6 +72,7 @@ def load_predictor(
     data: str | None = None,
     classes: str | None = None,
     image_size: int | None = None,
+    classes_per_location: int | None = None,
     device: str = "cpu",
     engine: str = "auto",
     amp: str = "off",
@@ -85,6 +86,7 @@ def load_predictor(
         data: see ``load_detector``.
         classes: see ``load_detector``.
         image_size: in place of the one in training.
+        classes_per_location: likewise.
         device: ``"cpu"`` or a CUDA device.
         engine: ``"torch"``; ``"onnx"``, for which a checkpoint is exported once, into the user's
             cache folder; or ``"auto"``: ONNX Runtime on a CPU where it is installed, unless the
@@ -106,15 +108,25 @@ def load_predictor(
             )
         if classes is not None:
             raise ValueError(f"{checkpoint} has class names; leave out --classes.")
+        if classes_per_location is not None:
+            raise ValueError(
+                f"{checkpoint} has been exported with its number of classes per location; leave "
+                "out --classes-per-location, or give the checkpoint."
+            )
         detector = OnnxDetector(checkpoint, FCOSPostProcessor.select, device)
         facts = detector.description
         digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:32]
         return _with_onnx(detector, image_size or facts.image_size, device, digest)
     model = load_detector(
-        checkpoint, backbone=backbone, data=data, classes=classes, image_size=image_size
+        checkpoint,
+        backbone=backbone,
+        data=data,
+        classes=classes,
+        image_size=image_size,
+        classes_per_location=classes_per_location,
     )
     size = model.settings.data.image_size
-    digest = _weights_hash(model)
+    digest = _detector_hash(model)
     path = cache_folder() / f"{_export_hash(model, digest)}.onnx"
     usable = device == "cpu" and amp == "off" and not missing_onnx_packages()
     if engine == "onnx" or (engine == "auto" and usable and _worth_it(path, num_images)):
@@ -199,18 +211,18 @@ def cache_folder() -> Path:
     return base / "eecs598-fcos"
 
 
-def _weights_hash(model: TrainedDetector) -> str:
-    result = hashlib.sha256()
+def _detector_hash(model: TrainedDetector) -> str:
+    result = hashlib.sha256(str(model.settings.model.classes_per_location).encode())
     for name, value in model.detector.state_dict().items():
         result.update(name.encode())
         result.update(value.contiguous().numpy().tobytes())
     return result.hexdigest()[:32]
 
 
-def _export_hash(model: TrainedDetector, weights_hash: str) -> str:
+def _export_hash(model: TrainedDetector, detector_hash: str) -> str:
     """Return a hash of all that decides what an export holds."""
     data = model.settings.data
     settings = [model.settings.to_dict()["model"], data.image_size, data.pixel_edges]
-    facts: list[Any] = [weights_hash, settings, model.class_names, OPSET]
+    facts: list[Any] = [detector_hash, settings, model.class_names, OPSET]
     facts += [package_versions(_PACKAGES), package_versions(["eecs598-fcos"])]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

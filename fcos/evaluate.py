@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         backbone=args.backbone,
         data=args.data,
         image_size=args.image_size,
+        classes_per_location=args.classes_per_location,
         device=device,
         engine=args.engine,
         amp=args.amp,

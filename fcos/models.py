@@ -73,6 +73,7 @@ def load_detector(
     data: str | None = None,
     classes: str | None = None,
     image_size: int | None = None,
+    classes_per_location: int | None = None,
 ) -> TrainedDetector:
     """Load the detector of a checkpoint, or of a plain state dict.
 
@@ -83,6 +84,7 @@ def load_detector(
         data: folder of a data set that has the class names of a plain state dict.
         classes: those names themselves, comma between them.
         image_size: in place of the one in training.
+        classes_per_location: likewise.
 
     Raises:
         ValueError: a file that is neither, or that does not fit to what was given.
@@ -99,8 +101,8 @@ def load_detector(
         names = _class_names(state, path, data, classes)
     else:
         settings = Settings.from_dict(checkpoint["settings"])
-    if image_size is not None:
-        settings = settings.replace(image_size=image_size)
+    given = {"image_size": image_size, "classes_per_location": classes_per_location}
+    settings = settings.replace(**{name: n for name, n in given.items() if n is not None})
     detector = build_detector(settings.model, len(names), load_weights=False)
     try:
         detector.load_state_dict(state)

@@ -47,6 +47,7 @@ class Prediction:
             data=args.data,
             classes=args.classes,
             image_size=args.image_size,
+            classes_per_location=args.classes_per_location,
             device=device,
             engine=args.engine,
             amp=args.amp,
@@ -86,7 +87,7 @@ class Prediction:
         files = hashlib.sha256("\0".join(map(str, self.paths)).encode(errors="surrogateescape"))
         return {
             **self._facts(),
-            "weights": self.predictor.weights_hash,
+            "detector": self.predictor.detector_hash,
             "pictures": self.args.pictures,
             "image files": files.hexdigest(),
         }

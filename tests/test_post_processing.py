@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common import get_fpn_location_coords
-from one_stage_detector import FCOS
+from one_stage_detector import FCOS, NetworkOutputs
 from tests.detectors import STRIDES, make_fcos
 
 
@@ -40,6 +40,32 @@ def test_scores_classes_and_boxes(detector):
     assert scores.tolist() == pytest.approx([1.0, math.sqrt(0.5), 0.5], abs=1e-4)
     assert boxes[0].tolist() == [20, 20, 28, 28]
     assert boxes[2].tolist() == [0, 0, 64, 64]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_classes_per_location(count):
+    """Each location detects its most probable classes, with one box; NMS is within a class."""
+    detector = make_fcos(classes_per_location=count).eval()
+    locations, _, deltas, centerness = planted()
+    logits = torch.randn(1, 16, 3, generator=torch.Generator().manual_seed(count))
+    boxes, labels, scores = detector.inference(
+        torch.rand(1, 3, 64, 64), locations, {"p4": logits}, deltas, centerness, 0.0, 1.0
+    )
+    expected = []
+    for number in range(16):
+        probable = sorted(zip(logits[0, number].tolist(), range(3), strict=True), reverse=True)
+        center = 1 / (1 + math.exp(-centerness["p4"][0, number].item()))
+        for logit, label in probable[:count]:
+            expected.append((math.sqrt(center / (1 + math.exp(-logit))), label, number))
+    expected.sort(reverse=True)
+    assert len(scores) == 16 * min(count, 3)
+    assert scores.tolist() == pytest.approx([score for score, _, _ in expected], abs=1e-5)
+    assert labels.tolist() == [label for _, label, _ in expected]
+    one_class = make_fcos().eval()
+    class_logits = {"p4": logits[..., :1]}
+    args = locations, class_logits, deltas, centerness
+    by_location = one_class.post_processor.decode(NetworkOutputs(*args), (64, 64)).boxes[0]
+    assert torch.equal(boxes, by_location[[number for _, _, number in expected]])
 
 
 def test_thresholds(detector):

@@ -104,6 +104,7 @@ class ModelSettings(_Group):
     drop_path_rate: float = _setting(
         0.0, "stochastic depth of a timm backbone", at_least=0, below=1
     )
+    classes_per_location: int = _setting(1, "a location detects at most this many", at_least=1)
 
     def kwargs(self) -> dict[str, Any]:
         """Return the settings as keyword arguments of ``FCOS``."""

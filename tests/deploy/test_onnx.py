@@ -128,6 +128,7 @@ def test_no_detection_and_all_thresholds(torchvision_detector, exported):
     ("num_classes", "kwargs", "more"),
     [
         (1, {"backbone": "timm:tf_efficientnet_lite0"}, {"normalized": True}),
+        (3, {"classes_per_location": 2}, {}),
         (80, {"head_norm": "group", "level_scales": True}, {"nms": False, "normalized": True}),
     ],
 )

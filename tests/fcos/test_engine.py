@@ -96,6 +96,22 @@ def test_evaluation_of_an_onnx_file(folder, small_voc, tmp_path, monkeypatch):
     assert pixel_edges == [True, True]
 
 
+def test_classes_per_location(folder, tmp_path, cache, capsys):
+    """The checkpoint's own number, or another one; an exported file has it built in."""
+    own = load_detector(folder / "c.pt", backbone="")
+    assert own.detector.post_processor.classes_per_location == 1
+    _, one = predict(folder, "--no-pictures", out=tmp_path / "one")
+    two_classes = ("--classes-per-location", "2", "--no-pictures")
+    _, two = predict(folder, *two_classes, out=tmp_path / "two")
+    count = [sum(len(image["detections"]) for image in result["images"]) for result in (one, two)]
+    assert count[1] > count[0] > 50
+    other = load_detector(folder / "c.pt", backbone="", classes_per_location=2)
+    assert other.settings.model.classes_per_location == 2
+    assert engine._detector_hash(other) != engine._detector_hash(own)
+    status, _ = predict(folder, *two_classes, out=tmp_path / "onnx", model="c.onnx")
+    assert status == 2 and "leave out --classes-per-location" in capsys.readouterr().err
+
+
 def test_the_detector_says_whether_its_boxes_are_edges(folder, tmp_path, monkeypatch):
     """Otherwise an evaluation would compare edges with the annotation's numbers."""
     numbers = tmp_path / "numbers.pt"
@@ -141,10 +157,10 @@ def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, cap
     assert file.stat().st_size == (folder / "c.onnx").stat().st_size
 
     model = load_detector(folder / "c.pt", backbone="")
-    before = engine._weights_hash(model)
+    before = engine._detector_hash(model)
     with torch.no_grad():
         model.detector.pred_net.pred_box.bias[0] += 1e-3
-    assert engine._weights_hash(model) != before
+    assert engine._detector_hash(model) != before
 
     shutil.rmtree(cache)
     cache.parent.mkdir(exist_ok=True)
