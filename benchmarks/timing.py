@@ -55,18 +55,18 @@ def side_by_side(
     times: tuple[list[float], list[float]] = ([], [])
     for repetition in range(repetitions + 1):
         for call, its_times in zip((ours, theirs), times, strict=True):
-            seconds = sum(seconds_of(call) for _ in range(calls)) / calls
+            seconds = seconds_of(call, calls)
             if repetition:
                 its_times.append(seconds)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
-    """Measure the time of one call, including its work on the GPU."""
+def seconds_of(call: Callable[[], Any], calls: int = 1) -> float:
+    """Measure the time of one call, including its work on the GPU: the mean of some in a row."""
     gc.collect()
     gc.disable()  # a collection during the call would be measured, too
     try:
-        return latency_of(call)
+        return sum(latency_of(call) for _ in range(calls)) / calls
     finally:
         gc.enable()
 
