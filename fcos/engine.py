@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,9 @@ _PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"
 
 # The export takes some 10 s, and then an image some 15 ms less.
 WORTH_AN_EXPORT = 500
+
+# In the cache; each takes some 20 MB.
+KEPT_EXPORTS = 10
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,10 @@ def _cached_export(model: TrainedDetector, path: Path, device: str) -> OnnxDetec
     select = model.detector.post_processor.select
     if path.is_file():
         try:
-            return OnnxDetector(path, select, device)
+            detector = OnnxDetector(path, select, device)
+            with contextlib.suppress(OSError):
+                path.touch()
+            return detector
         except ValueError as error:
             print(f"fcos: exporting again: {error}", file=sys.stderr)
     start = time.perf_counter()
@@ -193,6 +200,7 @@ def _cached_export(model: TrainedDetector, path: Path, device: str) -> OnnxDetec
     try:
         export_detector(model, path, normalized=True)
         print(f"fcos: {path}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        _remove_unused(path.parent)
         return OnnxDetector(path, select, device)
     except OSError as error:  # a home that can't be written to
         print(f"fcos: {error}; the export is not kept", file=sys.stderr)
@@ -200,6 +208,14 @@ def _cached_export(model: TrainedDetector, path: Path, device: str) -> OnnxDetec
         path = Path(folder) / "detector.onnx"
         export_detector(model, path, normalized=True)
         return OnnxDetector(path, select, device)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove all exports but those that were used last."""
+    exports = sorted(folder.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+    for path in exports[:-KEPT_EXPORTS]:
+        with contextlib.suppress(OSError):  # in use, or another process was faster
+            path.unlink()
 
 
 def cache_folder() -> Path:
@@ -221,8 +237,7 @@ def _detector_hash(model: TrainedDetector) -> str:
 
 def _export_hash(model: TrainedDetector, detector_hash: str) -> str:
     """Return a hash of all that decides what an export holds."""
-    data = model.settings.data
-    settings = [model.settings.to_dict()["model"], data.image_size, data.pixel_edges]
+    settings = [model.settings.to_dict()["model"], model.settings.data.pixel_edges]
     facts: list[Any] = [detector_hash, settings, model.class_names, OPSET]
     facts += [package_versions(_PACKAGES), package_versions(["eecs598-fcos"])]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -106,6 +107,8 @@ def launch_demo(
         raise ValueError(
             'Gradio is not installed, which makes the page; `pip install -e ".[demo]"` does it.'
         )
+    if port is not None:
+        _check_port(host, port)  # Gradio would leave sockets open
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which Gradio reads when it is imported
     import gradio as gr
 
@@ -203,6 +206,17 @@ def launch_demo(
         css=_CSS,
     )
     return page
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise OSError unless this machine can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"can't listen on port {port} of {host} ({error.strerror or error}); choose another one"
+        ) from error
 
 
 def _path_of(upload: Any) -> str | None:

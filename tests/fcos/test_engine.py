@@ -156,6 +156,18 @@ def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, cap
     assert "exporting again" in exports() and len(calls) == 2
     assert file.stat().st_size == (folder / "c.onnx").stat().st_size
 
+    for number in range(engine.KEPT_EXPORTS):  # of other checkpoints, older but for the last
+        (cache / f"{number}.onnx").touch()
+        os.utime(cache / f"{number}.onnx", (number, number))
+    os.utime(file, (0, 0))
+    assert exports("--engine", "onnx", "--image-size", "64") == ""  # one export for every size
+    assert file.stat().st_mtime > engine.KEPT_EXPORTS  # as used last
+    file.write_bytes(b"")
+    exports("--engine", "onnx")
+    assert file.stat().st_size > 0
+    assert len(list(cache.iterdir())) == engine.KEPT_EXPORTS and not (cache / "0.onnx").exists()
+    assert len(calls) == 3
+
     model = load_detector(folder / "c.pt", backbone="")
     before = engine._detector_hash(model)
     with torch.no_grad():
@@ -165,7 +177,7 @@ def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, cap
     shutil.rmtree(cache)
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("a file where the folder should be")  # so that even root can't write there
-    assert "the export is not kept" in exports("--engine", "onnx") and len(calls) == 4
+    assert "the export is not kept" in exports("--engine", "onnx") and len(calls) == 5
 
 
 def test_auto_exports_for_many_images(folder, cache, monkeypatch):
