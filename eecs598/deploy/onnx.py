@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eecs598.data import IMAGENET_MEAN, IMAGENET_STD, normalize, unnormalize
+from eecs598.data import IMAGENET_MEAN, IMAGENET_STD, normalize
 from eecs598.runtime import atomic_write
 
 if TYPE_CHECKING:
@@ -501,11 +501,11 @@ class OnnxDetector(nn.Module):
         Raises:
             ValueError: a wrong shape, pixels that are not finite, thresholds outside [0, 1].
         """
-        _check_call(images, score_thresh, nms_thresh)
-        images = images.detach().float().cpu()
-        if not self.description.normalized:
-            images = (255 * unnormalize(images)).round().clamp(0, 255).byte()
-        given = {"images": images.contiguous().numpy()}
+        # With NumPy, which has one thread: those of PyTorch would wait busily for their next work
+        # while ONNX Runtime's compute, which takes 6 ms more for an image on two cores.
+        values = np.ascontiguousarray(images.detach().float().cpu().numpy())
+        _check_call(values, score_thresh, nms_thresh)
+        given = {"images": values if self.description.normalized else _to_pixels(values)}
         if not self.description.nms:
             rows = tuple(torch.from_numpy(values) for values in self._session.run(None, given))
             return self._select(rows, score_thresh, nms_thresh)
@@ -519,10 +519,18 @@ class OnnxDetector(nn.Module):
         ]
 
 
-def _check_call(images: Tensor, score_thresh: float, nms_thresh: float) -> None:
-    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+def _to_pixels(images: np.ndarray) -> np.ndarray:
+    """Undo the normalization of images: RGB in uint8."""
+    mean, std = (
+        np.asarray(each, np.float32)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return np.rint(255 * (images * std + mean)).clip(0, 255).astype(np.uint8)
+
+
+def _check_call(images: np.ndarray, score_thresh: float, nms_thresh: float) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, H, W).")
-    if not torch.isfinite(images.sum()):
+    if not np.isfinite(images.sum()):
         raise ValueError("the images contain NaN or infinite pixels.")
     for name, value in (("score", score_thresh), ("NMS", nms_thresh)):
         if not 0 <= value <= 1:
