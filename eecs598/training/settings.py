@@ -412,7 +412,7 @@ RECIPES: dict[str, Settings] = {
     "handout": Settings(),
     # RESULTS.md has what benchmarks/ablation.py says of each ingredient.
     "strong": Settings(
-        model=ModelSettings(box_loss="giou"),
+        model=ModelSettings(box_loss="giou", classes_per_location=3),
         data=DataSettings(augment=("flip", "zoom")),
         optimization=OptimizationSettings(
             optimizer="adamw",
