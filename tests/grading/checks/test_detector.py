@@ -39,8 +39,8 @@ MUTANTS = [
     Mutant(
         "least probable class",
         "one_stage_detector",
-        "all_class_probs.max(dim=-1)",
-        "all_class_probs.min(dim=-1)",
+        "all_class_probs.max(dim=-1, keepdim=True)",
+        "all_class_probs.min(dim=-1, keepdim=True)",
         {"inference": "most probable class"},
     ),
     Mutant(
