@@ -740,10 +740,20 @@ class FCOSPostProcessor:
     Args:
         strides: stride of each level.
         classes_per_location: number of classes; at most all of them are taken.
+
+    Raises:
+        ValueError: not even one class per location.
     """
 
     strides: Mapping[str, int]
     classes_per_location: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the number of classes."""
+        if self.classes_per_location < 1:
+            raise ValueError(
+                f"classes_per_location={self.classes_per_location}; expected at least 1."
+            )
 
     def __call__(
         self,

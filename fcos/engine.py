@@ -212,9 +212,9 @@ def _cached_export(model: TrainedDetector, path: Path, device: str) -> OnnxDetec
 
 def _remove_unused(folder: Path) -> None:
     """Remove all exports but those that were used last."""
-    exports = sorted(folder.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
-    for path in exports[:-KEPT_EXPORTS]:
-        with contextlib.suppress(OSError):  # in use, or another process was faster
+    with contextlib.suppress(OSError):  # in use, or another process was faster
+        exports = sorted(folder.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+        for path in exports[:-KEPT_EXPORTS]:
             path.unlink()
 
 

@@ -68,6 +68,11 @@ def test_classes_per_location(count):
     assert torch.equal(boxes, by_location[[number for _, _, number in expected]])
 
 
+def test_no_class_per_location_is_an_error():
+    with pytest.raises(ValueError, match="classes_per_location=0; expected at least 1"):
+        make_fcos(classes_per_location=0)
+
+
 def test_thresholds(detector):
     images = torch.rand(1, 3, 64, 64)
     assert detector.inference(images, *planted(), 0.8, 0.6)[1].tolist() == [1]

@@ -156,7 +156,7 @@ def test_a_checkpoint_is_exported_once(folder, tmp_path, cache, monkeypatch, cap
     assert "exporting again" in exports() and len(calls) == 2
     assert file.stat().st_size == (folder / "c.onnx").stat().st_size
 
-    for number in range(engine.KEPT_EXPORTS):  # of other checkpoints, older but for the last
+    for number in range(engine.KEPT_EXPORTS):  # of other checkpoints, used long ago
         (cache / f"{number}.onnx").touch()
         os.utime(cache / f"{number}.onnx", (number, number))
     os.utime(file, (0, 0))
