@@ -42,6 +42,7 @@ CHANGES: dict[str, list[str]] = {
     "backbone lr x 0.1": ["--backbone-lr-factor", "0.1"],
     "flip + IoU crop": ["--augment", "flip,iou_crop"],
     "flip + photometric": ["--augment", "flip,photometric"],
+    "flip + zoom + photometric": ["--augment", "flip,zoom,photometric"],
     "flip + zoom + mosaic": ["--augment", "flip,zoom,mosaic"],
     "batches of 128 to 192 px": ["--image-sizes", "128,160,192"],
     "AdamW 5e-4": ADAMW,
