@@ -169,6 +169,7 @@ def _train(args: argparse.Namespace, device: str) -> None:
         start=first,
         seed=data.seed,
         image_sizes=data.image_sizes,
+        mosaic_off_iters=data.mosaic_off_iters,
         rank=rank(),
         num_processes=num_processes(),
     )

@@ -20,7 +20,7 @@ __all__ = ["AUGMENTATIONS", "Augmentation", "local_seed"]
 # transform in ``Augmentation._transforms``, at the place in the order where it is to act, and its
 # name in ``DataSettings.augment`` of eecs598/training/settings.py, in the same order as here. One
 # that combines images also has a part in ``choose_images`` and in ``TrainingSet.max_boxes``.
-AUGMENTATIONS = ("flip", "zoom", "iou_crop", "photometric", "mosaic")
+AUGMENTATIONS = ("flip", "zoom", "iou_crop", "photometric", "erasing", "mosaic")
 
 # The color of padding: ImageNet's mean, which is 0 after normalization.
 FILL = (124, 116, 104)
@@ -56,6 +56,8 @@ class Augmentation:
             - ``"iou_crop"``: take a random part that overlaps an object by at least a random IoU
               (SSD, arXiv 1512.02325, section 2.2);
             - ``"photometric"``: change brightness, contrast, saturation and hue (same section);
+            - ``"erasing"``: hide a random rectangle of 2 to 20 % of the image, whatever is there,
+              with probability 0.5 (arXiv 1708.04896, "image-aware");
             - ``"mosaic"``: put four images side by side, with probability 0.5 (arXiv 2004.10934,
               section 3.3).
 
@@ -111,6 +113,8 @@ class Augmentation:
         whole, whole_target = parts[0] if len(parts) == 1 else _mosaic(parts, side)
         transforms = self._transforms(whole.shape[1:], side)
         pixels, target = v2.Compose(transforms)(whole, whole_target)
+        if "erasing" in self.names:  # of the pixels alone: boxes stay, and v2 warns that they do
+            pixels = v2.RandomErasing(p=0.5, scale=(0.02, 0.2), value=FILL)(pixels)
         boxes = target["boxes"].as_subclass(Tensor)
         boxes = torch.cat([boxes, target["labels"][:, None]], dim=1)
         is_left = (boxes[:, 2:4] > boxes[:, :2]).all(dim=1)  # crops clip the boxes

@@ -25,11 +25,13 @@ class Sample:
         seed: of the augmentation.
         image_size: side of the result in pixels, the same for a whole batch; None for the usual
             one.
+        allows_mosaic: whether the augmentation may add other images to this one.
     """
 
     index: int
     seed: int
-    image_size: int | None
+    image_size: int | None = None
+    allows_mosaic: bool = True
 
 
 class TrainingSampler(Sampler[list[Sample]]):
@@ -46,6 +48,8 @@ class TrainingSampler(Sampler[list[Sample]]):
         seed: of the order and of the augmentation.
         image_sizes: sizes in pixels of which each batch gets one at random; without any, batches
             have the usual size.
+        mosaic_off_iters: the last iterations, in which no image may become a mosaic, so that the
+            detector ends on images like those it will see (YOLOX, arXiv 2107.08430, section 2.1).
         rank: number of this process.
         num_processes: processes that share the work. Together they see the images that a single
             process with ``num_processes * batch_size`` images per batch would see.
@@ -68,6 +72,7 @@ class TrainingSampler(Sampler[list[Sample]]):
         start: int = 0,
         seed: int = 0,
         image_sizes: Sequence[int] = (),
+        mosaic_off_iters: int = 0,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -78,6 +83,7 @@ class TrainingSampler(Sampler[list[Sample]]):
         self.start, self.stop = start, stop
         self.seed = seed
         self.image_sizes = tuple(image_sizes)
+        self.mosaic_off_iters = mosaic_off_iters
         self.rank, self.num_processes = rank, num_processes
 
     def __len__(self) -> int:
@@ -90,6 +96,7 @@ class TrainingSampler(Sampler[list[Sample]]):
             if self.image_sizes:  # from the iteration alone, so that all processes choose the same
                 choice = self._rng(1, iteration).integers(len(self.image_sizes))
                 image_size = self.image_sizes[choice]
+            allows_mosaic = iteration < self.stop - self.mosaic_off_iters
             batch = []
             first = (iteration * self.num_processes + self.rank) * self.batch_size
             for position in range(first, first + self.batch_size):
@@ -97,7 +104,8 @@ class TrainingSampler(Sampler[list[Sample]]):
                     epoch = position // self.num_images
                     order = self._rng(0, epoch).permutation(self.num_images)
                 seed = int(self._rng(2, position).integers(2**31))
-                batch.append(Sample(int(order[position % self.num_images]), seed, image_size))
+                index = int(order[position % self.num_images])
+                batch.append(Sample(index, seed, image_size, allows_mosaic))
             yield batch
 
     def _rng(self, stream: int, number: int) -> np.random.Generator:

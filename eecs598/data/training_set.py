@@ -209,7 +209,9 @@ class TrainingSet(Dataset[Item]):
             pixels, boxes = crop_center(*self.images.resized(sample.index, side))
         else:
             with local_seed(sample.seed):
-                indices = self.augmentation.choose_images(sample.index, len(self))
+                indices = [sample.index]
+                if sample.allows_mosaic:
+                    indices = self.augmentation.choose_images(sample.index, len(self))
                 originals = [self.images.original(index) for index in indices]
                 pixels, boxes = self.augmentation(originals, side)
         path = self.images.instances[sample.index].path

@@ -121,9 +121,10 @@ class DataSettings(_Group):
     image_sizes: tuple[int, ...] = _setting(
         (), "train on batches of these sizes at random", at_least=1
     )
-    augment: tuple[Literal["flip", "zoom", "iou_crop", "photometric", "mosaic"], ...] = _setting(
-        (), "augmentations of the training images"
+    augment: tuple[Literal["flip", "zoom", "iou_crop", "photometric", "erasing", "mosaic"], ...] = (
+        _setting((), "augmentations of the training images")
     )
+    mosaic_off_iters: int = _setting(0, "no mosaics in the last N iterations", at_least=0)
     ignore_difficult: bool = _setting(
         False, "difficult objects and crowd regions are not taught as background"
     )

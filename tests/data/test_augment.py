@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eecs598.data.augment import AUGMENTATIONS, Augmentation, local_seed
+from eecs598.data.augment import AUGMENTATIONS, FILL, Augmentation, local_seed
 
 GEOMETRY = [("flip",), ("zoom",), ("iou_crop",), ("mosaic",), ("flip", "zoom", "iou_crop"), ()]
 
@@ -79,6 +79,21 @@ def test_photometric_leaves_the_boxes():
         assert torch.equal(boxes, plain)
         images.append(image.numpy().tobytes())
     assert len(set(images)) > 3
+
+
+def test_erasing_hides_a_rectangle():
+    plain, plain_boxes = augmented((), picture_with_squares, 0, 96)
+    hidden = []
+    for seed in range(60):
+        image, boxes = augmented(("erasing",), picture_with_squares, seed, 96)
+        assert image.dtype == torch.uint8 and torch.equal(boxes, plain_boxes)
+        rows, columns = (image != plain).any(0).nonzero(as_tuple=True)
+        if len(rows):
+            part = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert (part == torch.tensor(FILL)[:, None, None]).all()
+            hidden.append(part[0].numel() / 96**2)
+    assert 15 < len(hidden) < 45
+    assert 0.015 < min(hidden) < 0.06 and 0.14 < max(hidden) < 0.21
 
 
 @pytest.mark.parametrize("names", [*GEOMETRY, AUGMENTATIONS], ids="+".join)

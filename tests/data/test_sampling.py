@@ -53,6 +53,12 @@ def test_a_batch_has_one_size():
     assert {s.image_size for s in flat(TrainingSampler(8, 4, 5))} == {None}
 
 
+def test_mosaics_end_before_the_training_run():
+    batches = list(TrainingSampler(10, 4, 9, start=5, mosaic_off_iters=2))
+    allowed = [{sample.allows_mosaic for sample in batch} for batch in batches]
+    assert allowed == [{True}, {True}, {False}, {False}]
+
+
 def test_no_images():
     with pytest.raises(ValueError, match="no image"):
         TrainingSampler(0, 4, 5)

@@ -47,6 +47,14 @@ def test_augmented_items(instances):
     assert augmented[Sample(3, 7, None)][1].shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_sample_may_refuse_a_mosaic(instances, allowed):
+    items = TrainingSet(instances, 64, ("mosaic",))
+    samples = [Sample(3, seed, allows_mosaic=allowed) for seed in range(12)]
+    images = {items[sample][1].numpy().tobytes() for sample in samples}
+    assert (len(images) > 1) == allowed  # alone, an image is always the same
+
+
 @pytest.mark.parametrize(
     ("augment", "image_sizes"), [((), ()), ((), (64, 96)), (AUGMENTATIONS, (64, 96))]
 )
