@@ -221,6 +221,8 @@ def shows_upright(
 
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) where there is none."""
+    if image.format == "TIFF":  # Pillow turns these upright itself, and gives that size
+        return 1
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF data; the pixels may still be good

@@ -61,12 +61,20 @@ def explain(error: Exception, batch_shape: list[int] | None = None) -> str | Non
     text = str(error)
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}. Make room."
+    if isinstance(error, OSError) and error.errno == errno.EAGAIN:  # of fork
+        return (
+            "the system allows no further process, or has no memory for one. Use fewer processes "
+            "(--workers), or raise the limit (ulimit -u)."
+        )
     if _NO_SHARED_MEMORY.search(text):
         return (
             "/dev/shm, through which other processes hand over their images, is too small. Use "
             "fewer processes (--workers), or give the container more (--shm-size)."
         )
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or _NO_MEMORY.search(text):
+    no_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, OSError) and error.errno == errno.ENOMEM
+    )
+    if no_memory or _NO_MEMORY.search(text):
         batch = ""
         if batch_shape:
             count, _, height, width = batch_shape

@@ -194,6 +194,17 @@ def test_images_that_are_converted_keep_their_orientation(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_tiff_file_is_always_upright(tmp_path):
+    path, exif = tmp_path / "x.tif", Image.Exif()
+    exif[0x0112] = 6
+    quarters().transpose(TURNS[6]).save(path, exif=exif)
+    assert annotated_size(path, (HEIGHT, WIDTH)) == (HEIGHT, WIDTH)
+    assert read_annotated_image(path, (HEIGHT, WIDTH)).size == (WIDTH, HEIGHT)
+    for read in (annotated_size, read_annotated_image):
+        with pytest.raises(ValueError, match=f"annotation is for {HEIGHT} x {WIDTH}"):
+            read(path, (WIDTH, HEIGHT))
+
+
 def test_broken_exif_is_no_reason_to_give_up(tmp_path):
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 20
     quarters().save(tmp_path / "x.jpg", exif=exif)

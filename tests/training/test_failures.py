@@ -23,7 +23,7 @@ from torch import nn
 
 from a4_helper import train_detector
 from eecs598.data import TrainingSampler, TrainingSet, load_instances
-from eecs598.runtime import RunError, explain, loading, make_loader
+from eecs598.runtime import RunError, explain, explained, loading, make_loader
 from eecs598.training.checkpoint import load_checkpoint, save_checkpoint
 from eecs598.training.run import TrainingRun
 from eecs598.training.settings import from_recipe
@@ -120,6 +120,19 @@ def test_a_batch_that_does_not_fit_into_shared_memory_is_an_error():
     ):
         next(batches)
     assert "/dev/shm" in explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EAGAIN, "no further process.*--workers"), (errno.ENOMEM, "out of memory")],
+)
+def test_a_process_that_cannot_be_started_is_explained(monkeypatch, number, words):
+    def refuse():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(RunError, match=words), explained():
+        next(iter(make_loader(range(8), 1)))
 
 
 def test_processes_that_are_to_stay_do():
