@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from eecs598.data import AUGMENTATIONS
+from eecs598.training.settings import SETTINGS
 from fcos.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +164,15 @@ def test_options_in_the_text_exist(page, capsys):
         if not code.startswith(("pip", "python", "git")):
             unknown = set(_options(code)) - known
             assert not unknown, f"{page.name} names {unknown}, which no command has"
+
+
+def test_every_setting_and_augmentation_is_in_the_tables():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for group, settings in SETTINGS.items():
+        (row,) = re.findall(rf"^\| {group} \| (.*) \|$", text, re.MULTILINE)
+        assert row.split(", ") == [f"`--{setting.option}`" for setting in settings.values()]
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert [row for row in rows if row in AUGMENTATIONS] == list(AUGMENTATIONS)
 
 
 @each_page

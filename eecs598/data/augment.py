@@ -17,9 +17,10 @@ from torchvision.transforms import v2
 __all__ = ["AUGMENTATIONS", "Augmentation", "local_seed"]
 
 # To add an augmentation: its name here, its line in the docstring of ``Augmentation``, its
-# transform in ``Augmentation._transforms``, at the place in the order where it is to act, and its
-# name in ``DataSettings.augment`` of eecs598/training/settings.py, in the same order as here. One
-# that combines images also has a part in ``choose_images`` and in ``TrainingSet.max_boxes``.
+# transform in ``Augmentation._transforms``, at the place in the order where it is to act, or in
+# ``Augmentation.__call__`` where v2 has none that takes boxes, too, and its name in
+# ``DataSettings.augment`` of eecs598/training/settings.py, in the same order as here. One that
+# combines images also has a part in ``choose_images`` and in ``TrainingSet.max_boxes``.
 AUGMENTATIONS = ("flip", "zoom", "iou_crop", "photometric", "erasing", "mosaic")
 
 # The color of padding: ImageNet's mean, which is 0 after normalization.

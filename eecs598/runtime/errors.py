@@ -59,9 +59,10 @@ def explain(error: Exception, batch_shape: list[int] | None = None) -> str | Non
         One or two sentences; None for any other error.
     """
     text = str(error)
-    if isinstance(error, OSError) and error.errno in _FULL_DISK:
+    number = getattr(error, "errno", None)
+    if isinstance(error, OSError) and number in _FULL_DISK:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}. Make room."
-    if isinstance(error, OSError) and error.errno == errno.EAGAIN:  # of fork
+    if number == errno.EAGAIN:  # of fork
         return (
             "the system allows no further process, or has no memory for one. Use fewer processes "
             "(--workers), or raise the limit (ulimit -u)."
@@ -71,10 +72,8 @@ def explain(error: Exception, batch_shape: list[int] | None = None) -> str | Non
             "/dev/shm, through which other processes hand over their images, is too small. Use "
             "fewer processes (--workers), or give the container more (--shm-size)."
         )
-    no_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
-        isinstance(error, OSError) and error.errno == errno.ENOMEM
-    )
-    if no_memory or _NO_MEMORY.search(text):
+    no_memory = number == errno.ENOMEM or _NO_MEMORY.search(text)
+    if no_memory or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         batch = ""
         if batch_shape:
             count, _, height, width = batch_shape

@@ -193,7 +193,6 @@ def test_images_that_are_converted_keep_their_orientation(tmp_path, kind):
     assert read_annotated_image(path, (WIDTH, HEIGHT)).size == (HEIGHT, WIDTH)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_tiff_file_is_always_upright(tmp_path):
     path, exif = tmp_path / "x.tif", Image.Exif()
     exif[0x0112] = 6
@@ -205,6 +204,7 @@ def test_a_tiff_file_is_always_upright(tmp_path):
             read(path, (WIDTH, HEIGHT))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_is_no_reason_to_give_up(tmp_path):
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 20
     quarters().save(tmp_path / "x.jpg", exif=exif)
