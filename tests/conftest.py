@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -12,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-# The models of the tests are tiny; a second thread would spend its time waiting for the first.
+# The models of the tests are tiny: a second thread, here or in a process that a test starts, would
+# spend its time waiting for the first.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -279,8 +279,6 @@ def run(tmp_path_factory):
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
         patch.setenv("MPLBACKEND", "agg")  # of the test run; the notebook chooses its own
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        # Threads that wait for each other crawl where something else holds one of two cores.
-        patch.setenv("OMP_NUM_THREADS", "1")
         client = NotebookClient(
             notebook,
             timeout=900,  # seconds per cell, so that a hang ends
@@ -377,7 +375,6 @@ def test_runs_as_a_script_without_jupyter(tmp_path):
         "PYTHONPATH": str(ROOT),
         "MPLBACKEND": "agg",
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True

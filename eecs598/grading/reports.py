@@ -59,13 +59,14 @@ def format_text(report: Report, explain: bool = False) -> str:
 
     Args:
         report: of the submission.
-        explain: nothing is shortened. Otherwise no line has more than ``WIDTH`` characters.
+        explain: nothing is shortened. Otherwise no line but the first, with the folder's name, has
+            more than ``WIDTH`` characters.
     """
     graded = report.graded
     head = f"{graded.folder}: {_points(report)} points"
     if graded.error is not None:
         return f"{head}\n  {graded.error}"
-    lines = [head]
+    lines = []
     if costly := [item for item in report.shown_items if item.lost > 0]:
         first = ", ".join(f"{item.title} ({item.lost:g})" for item in costly[:3])
         lines.append(f"  Mend first (points to gain): {first}")
@@ -86,7 +87,8 @@ def format_text(report: Report, explain: bool = False) -> str:
         lines += ["", "  What it printed"]
         printed = graded.output.strip() if explain else _excerpt(graded.output)
         lines += [f"    | {line}" for line in printed.splitlines()]
-    return "\n".join(lines if explain else (_shortened(line) for line in lines))
+    # The folder's name may be long, and the points stand after it.
+    return "\n".join([head, *(lines if explain else map(_shortened, lines))])
 
 
 def _item_lines(item: GradedItem, explained: dict[str, str], explain: bool) -> list[str]:
@@ -151,12 +153,13 @@ def format_table(reports: Sequence[Report]) -> str:
 
 
 def format_pairs(pairs: Sequence[SimilarPair]) -> str:
-    """Format the pairs of nearly identical submissions, one line each."""
+    """Format the pairs of nearly identical submissions, each followed by what is most alike."""
     lines = ["Nearly identical code, which accuses nobody and says where to look:"]
     for pair in pairs:
-        functions = f": {', '.join(pair.functions)}" if pair.functions else ""
-        lines.append(f"  {pair.share:4.0%}  {pair.first} and {pair.second}{functions}")
-    return "\n".join(_shortened(line) for line in lines)
+        lines.append(f"  {pair.share:4.0%}  {pair.first} and {pair.second}")
+        if pair.functions:
+            lines.append(_shortened(f"        {', '.join(pair.functions)}"))
+    return "\n".join(lines)
 
 
 def to_dict(report: Report) -> dict[str, Any]:

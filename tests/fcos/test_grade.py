@@ -123,7 +123,7 @@ def test_many_folders_are_summed_up_in_a_table(capsys, tmp_path, rubric, submiss
     assert f"fcos: error: {missing} can't be graded" in printed.err
     assert "left, top, right, bottom in strides: stride 8: expected" in printed.out
     # Two copies that differ in a sign.
-    assert f"{wrong} and {right}: " in printed.out
+    assert f"  100%  {wrong} and {right}\n" in printed.out
     assert before == sorted(path for folder in (right, wrong) for path in folder.rglob("*"))
 
 

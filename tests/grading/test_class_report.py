@@ -42,7 +42,14 @@ def test_a_copy_with_other_names_is_found(folders):
     pairs = similar_pairs(folders)
     assert [(pair.first, pair.second) for pair in pairs] == [("student 1", "copy")]
     assert pairs[0].share > 0.95 and "nms" in pairs[0].functions
-    assert "student 1 and copy: " in format_pairs(pairs)
+    assert "student 1 and copy\n" in format_pairs(pairs)
+
+
+def test_long_names_of_a_pair_are_whole():
+    pair = SimilarPair("a" * 150, "b" * 150, 1.0, ("nms",) * 100)
+    _, names, functions = format_pairs([pair]).split("\n")
+    assert names == f"  100%  {'a' * 150} and {'b' * 150}"
+    assert functions.startswith("        nms, nms") and functions.endswith(" ...")
 
 
 def test_copies_are_found_even_if_most_are_copies(folders):

@@ -14,7 +14,9 @@ from eecs598.grading.checks.registry import labels_of
 from eecs598.grading.result import call_snippet, show
 
 
-def report(problems: dict[str, dict[str, tuple[str, str]]], **fields: object) -> Report:
+def report(
+    problems: dict[str, dict[str, tuple[str, str]]], folder: str = "mine", **fields: object
+) -> Report:
     """Full points, but for the problem and snippet of each label of a check."""
     rubric = load_rubric()
     results = [
@@ -27,7 +29,7 @@ def report(problems: dict[str, dict[str, tuple[str, str]]], **fields: object) ->
         )
         for check in rubric.checks
     ]
-    graded = Graded("mine", results=results, **fields)
+    graded = Graded(folder, results=results, **fields)
     return Report(graded, rubric.grade(results))
 
 
@@ -59,6 +61,11 @@ def test_no_line_is_longer_than_160_characters():
     assert max(map(len, text.splitlines())) <= 160
     assert "--explain prints it" in text
     assert f"print({'1, ' * 200})" in format_text(one, explain=True)
+
+
+def test_a_long_name_leaves_the_points_in_sight():
+    one = report({"nms": CHEAP}, folder="a" * 200)
+    assert format_text(one).splitlines()[0] == f"{'a' * 200}: 99.5 of 100 points"
 
 
 def test_the_same_sentence_is_said_once():

@@ -25,7 +25,7 @@ SMALL += ["--fpn-channels", "8", "--stem", "8", "--device", "cpu", "--max-grad-n
 def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -95,7 +95,7 @@ def test_a_signal_stops_all_processes_in_good_order(shapes, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "fcos", "train", "--data", str(shapes)]
     command += ["--out", str(out), *SMALL, "--iters", "5000", "--checkpoint-every", "10"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as job:

@@ -236,7 +236,7 @@ def end_of(
         script = f'mount -t tmpfs -o size={size} none "$0" && "$@"{then}'
         command = ["unshare", "-m", "sh", "-c", script, str(place), *command]
     mark = f"{os.getpid()}-{time.monotonic_ns()}"  # every process of the run has it
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RUN_MARK": mark}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RUN_MARK": mark}
     done = subprocess.run(
         command,
         env=environment,

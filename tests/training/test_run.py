@@ -39,7 +39,7 @@ SMALL += ["--fpn-channels", "8", "--stem", "8", "--device", "cpu", "--max-grad-n
 
 def fcos_process(*arguments: str, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "fcos", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command,
         env=environment,
