@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.regnet import ResBottleneckBlock
+from torchvision.ops import StochasticDepth
 
 from eecs598.data import IGNORED
 from eecs598.training import find_state_dict, load_weights_file
@@ -149,11 +151,12 @@ class DetectorBackboneWithFPN(nn.Module):
             with a ``PretrainedWeightsWarning``.
         drop_path_rate: stochastic depth (arXiv 1603.09382, equation 5): the probability that the
             last residual block is left out in a training step; those before it have less. For
-            networks of timm.
+            RegNets and networks of timm.
 
     Raises:
-        ValueError: an unknown network, a network without the three strides, or a weights file
-            that is missing, unreadable or belongs to another network.
+        ValueError: an unknown network, one without the three strides or, with
+            ``drop_path_rate``, of another kind, or a weights file that is missing, unreadable or
+            belongs to another network.
 
     Example:
         >>> model = DetectorBackboneWithFPN(64, weights=None)  # doctest: +ELLIPSIS
@@ -260,11 +263,6 @@ def _build_torchvision(
     name: str, weights: str | os.PathLike | None, drop_path_rate: float
 ) -> nn.Module:
     """Cut the stages c3, c4, c5 out of a torchvision network. Weights as in ``_build_backbone``."""
-    if drop_path_rate:
-        raise ValueError(
-            f"drop_path_rate={drop_path_rate} is for networks of timm; {name!r} is one of "
-            'torchvision. Leave it out, or choose a backbone "timm:NAME".'
-        )
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"backbone={name!r} is not a classification network of torchvision. Expected a name "
@@ -274,8 +272,24 @@ def _build_torchvision(
     model = torchvision.models.get_model(name, weights="DEFAULT" if weights == "DEFAULT" else None)
     if weights not in (None, "DEFAULT"):
         _load_backbone_weights(model, weights, name)
+    if drop_path_rate:
+        _add_drop_path(model, drop_path_rate, name)
     stages = _find_stages(model, name)
     return create_feature_extractor(model, {module: stage for stage, module in stages.items()})
+
+
+def _add_drop_path(model: nn.Module, rate: float, name: str) -> None:
+    """Let the residual blocks of a RegNet be left out at random in training."""
+    blocks = [module for module in model.modules() if isinstance(module, ResBottleneckBlock)]
+    if not blocks:
+        raise ValueError(
+            f"drop_path_rate={rate} is for RegNets and networks of timm, and {name!r} is neither. "
+            'Set it to 0, or choose a backbone such as "regnet_x_400mf" or "timm:NAME".'
+        )
+    for number, block in enumerate(blocks, start=1):
+        # At the end of the residual branch. It has no weights, so state dicts stay the same.
+        drop_path = StochasticDepth(rate * number / len(blocks), mode="row")
+        block.f.add_module("drop_path", drop_path)
 
 
 def _build_timm(name: str, weights: str | os.PathLike | None, drop_path_rate: float) -> nn.Module:

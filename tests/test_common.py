@@ -181,12 +181,13 @@ def test_timm_features_stay_in_place_whatever_the_size_of_the_image():
         assert torch.equal(features[stage], expected[stage][..., :height, :width])
 
 
-def test_stochastic_depth_leaves_out_blocks_in_training_alone():
-    pytest.importorskip("timm")
-    model = DetectorBackboneWithFPN(
-        8, backbone="timm:tf_efficientnet_lite0", weights=None, drop_path_rate=0.9
-    )
+@pytest.mark.parametrize("backbone", ["regnet_x_400mf", "timm:tf_efficientnet_lite0"])
+def test_stochastic_depth_leaves_out_blocks_in_training_alone(backbone):
+    if backbone.startswith("timm:"):
+        pytest.importorskip("timm")
+    model = DetectorBackboneWithFPN(8, backbone=backbone, weights=None, drop_path_rate=0.9)
     rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    rates += [m.p for m in model.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
     assert rates == sorted(rates) and 0.7 < rates[-1] <= 0.9
     images = torch.rand(1, 3, 32, 32)
     for module in model.modules():
@@ -199,9 +200,19 @@ def test_stochastic_depth_leaves_out_blocks_in_training_alone():
         assert torch.equal(model(images)["p5"], model(images)["p5"])
 
 
-def test_stochastic_depth_needs_a_network_of_timm():
-    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1 is for networks of timm"):
-        DetectorBackboneWithFPN(8, weights=None, drop_path_rate=0.1)
+def test_stochastic_depth_changes_no_weights_and_no_prediction():
+    model, plain = (
+        DetectorBackboneWithFPN(8, weights=None, drop_path_rate=rate).eval() for rate in (0.5, 0.0)
+    )
+    model.load_state_dict(plain.state_dict())
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images)["p5"], plain(images)["p5"])
+
+
+def test_stochastic_depth_needs_residual_blocks_that_it_knows():
+    with pytest.raises(ValueError, match="is for RegNets and networks of timm"):
+        DetectorBackboneWithFPN(8, backbone="resnet18", weights=None, drop_path_rate=0.1)
 
 
 def test_unknown_timm_network():

@@ -102,7 +102,7 @@ class ModelSettings(_Group):
     level_scales: bool = _setting(False, "a learned scale of the boxes for each level")
     frozen_batch_norm: bool = _setting(False, "keep the backbone's batch-norm statistics")
     drop_path_rate: float = _setting(
-        0.0, "stochastic depth of a timm backbone", at_least=0, below=1
+        0.0, "stochastic depth of a RegNet or timm backbone", at_least=0, below=1
     )
     classes_per_location: int = _setting(1, "a location detects at most this many", at_least=1)
 
@@ -413,8 +413,8 @@ RECIPES: dict[str, Settings] = {
     "handout": Settings(),
     # RESULTS.md has what benchmarks/ablation.py says of each ingredient.
     "strong": Settings(
-        model=ModelSettings(box_loss="giou", classes_per_location=3),
-        data=DataSettings(augment=("flip", "zoom")),
+        model=ModelSettings(box_loss="giou", drop_path_rate=0.1, classes_per_location=3),
+        data=DataSettings(augment=("flip", "zoom", "photometric", "mosaic"), mosaic_off_iters=1500),
         optimization=OptimizationSettings(
             optimizer="adamw",
             learning_rate=5e-4,
