@@ -211,7 +211,7 @@ def test_stochastic_depth_changes_no_weights_and_no_prediction():
 
 
 def test_stochastic_depth_needs_residual_blocks_that_it_knows():
-    with pytest.raises(ValueError, match="is for RegNets and networks of timm"):
+    with pytest.raises(ValueError, match=r"drop_path_rate=0\.1 is for RegNets and networks of"):
         DetectorBackboneWithFPN(8, backbone="resnet18", weights=None, drop_path_rate=0.1)
 
 
