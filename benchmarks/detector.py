@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ def rows(device: str) -> Iterator[Row]:
     question = f"training step, {BATCH_SIZE} images of {SIDE} px"
     yield Row(f"{question}, {fast_dtype}, channels last", peer, *side_by_side(fast, peers), 1 / 2.6)
     yield Row(f"{question}, float32", peer, *side_by_side(plain, peers), 1 / 1.4)
+    if device == "cpu" and fast_dtype == "bfloat16":
+        yield _depthwise_row(channels_last(images), gt_boxes)
     ours, theirs = channels_last(ours).eval(), theirs.eval()
     compiled = channels_last(make_detector(device)).eval()
     compiled.compile_prediction()
@@ -58,6 +61,17 @@ def rows(device: str) -> Iterator[Row]:
             yield Row(f"{question}, {how}", peer, *times, 0.6)
 
 
+def _depthwise_row(images: Tensor, gt_boxes: Tensor) -> Row:
+    """Compare a step with depthwise convolutions in float32 with one that is all in bfloat16."""
+    backbone = "timm:tf_efficientnet_lite0"
+    ours, other = (channels_last(make_detector("cpu", backbone)).train() for _ in range(2))
+    step = training_step(ours, images, gt_boxes, "auto")
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    peer = training_step(other, images, gt_boxes, "auto", autocast)
+    question = f"training step of EfficientNet-Lite0, {BATCH_SIZE} images of {SIDE} px, bfloat16"
+    return Row(question, "the same in torch.autocast alone", *side_by_side(step, peer), None)
+
+
 def batch(device: str, boxes_per_image: int = BOXES_PER_IMAGE) -> tuple[Tensor, Tensor]:
     """Return images ``(B, 3, SIDE, SIDE)`` and padded boxes ``(B, 40, 5)``; always the same."""
     generator = torch.Generator().manual_seed(0)
@@ -70,11 +84,11 @@ def batch(device: str, boxes_per_image: int = BOXES_PER_IMAGE) -> tuple[Tensor, 
     return images.to(device), torch.cat([gt_boxes, padding], dim=1).to(device)
 
 
-def make_detector(device: str) -> FCOS:
+def make_detector(device: str, backbone: str = "regnet_x_400mf") -> FCOS:
     """Return a detector with random weights, always the same."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):  # the shapes that the assignment prints
-        return FCOS(NUM_CLASSES, WIDTH, STEM, weights=None).to(device)
+        return FCOS(NUM_CLASSES, WIDTH, STEM, backbone=backbone, weights=None).to(device)
 
 
 def channels_last(value: Any) -> Any:
@@ -121,10 +135,26 @@ def _check_same_pyramid(ours: FCOS, theirs: TorchvisionFCOS, images: Tensor) -> 
         torch.testing.assert_close(values, others[level])
 
 
-def training_step(model: FCOS, images: Tensor, gt_boxes: Tensor, amp: str) -> Callable[[], Any]:
-    """Return a function that makes one training step: losses, gradients, SGD."""
+def training_step(
+    model: FCOS,
+    images: Tensor,
+    gt_boxes: Tensor,
+    amp: str,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Callable[[], Any]:
+    """Return a function that makes one training step: losses, gradients, SGD.
+
+    Args:
+        model: in training mode.
+        images: ``(B, 3, H, W)``.
+        gt_boxes: ``(B, M, 5)``.
+        amp: see ``mixed_precision``.
+        autocast: in place of the one of ``mixed_precision``.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
-    autocast, scaler = mixed_precision(images.device, amp)
+    usual, scaler = mixed_precision(images.device, amp)
+    if autocast is None:
+        autocast = usual
 
     def step() -> None:
         with autocast:

@@ -1,4 +1,4 @@
-"""Optimizer groups and the moving average of the weights."""
+"""Optimizer groups, mixed precision and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from eecs598.training.optimization import ema, learning_rate_factor, make_optimizer
+from eecs598.training.optimization import (
+    ema,
+    learning_rate_factor,
+    make_optimizer,
+    mixed_precision,
+)
 
 
 def test_the_backbone_learns_more_slowly():
@@ -92,3 +98,71 @@ def test_the_moving_average_forgets_its_start():
         expected = step if expected is None else decay * expected + (1 - decay) * step
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
         assert average.module.running_mean.item() == pytest.approx(-expected, rel=1e-5)
+
+
+@pytest.fixture
+def bfloat16_processor(monkeypatch):
+    """A CPU that computes in bfloat16, which PyTorch does anywhere, only slowly."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    return torch.device("cpu")
+
+
+def types_within(function):
+    """Call a function, and return the type of what the convolutions in it really computed in."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.overloadpacket is torch.ops.aten.convolution:
+                seen.append((args[8], args[0].dtype))
+            return operator(*args, **(kwargs or {}))
+
+    with Watch():
+        function()
+    return seen
+
+
+def test_depthwise_convolutions_alone_are_trained_in_float32(bfloat16_processor):
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.Conv2d(8, 8, 5, stride=2, groups=8, bias=False),  # depthwise
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 1, 1),
+        nn.Conv2d(1, 4, 3),  # of one channel, which is no depthwise convolution
+    )
+    images = torch.randn(2, 3, 32, 32)
+    autocast, _ = mixed_precision(bfloat16_processor, "auto")
+    half, whole = torch.bfloat16, torch.float32
+
+    outputs = []
+    for _ in range(2):  # the context can be entered again
+        with autocast:
+            seen = types_within(lambda: outputs.append(network(images)))
+        assert seen == [(1, half), (8, whole), (2, half), (1, half), (1, half)]
+    assert outputs[0].dtype == half and torch.equal(*outputs)
+    with autocast:
+        assert network[1](network[0](images)).dtype == half  # for what follows
+    with autocast, torch.no_grad():
+        seen = types_within(lambda: network(images))
+    assert {dtype for _, dtype in seen} == {half}
+    assert {dtype for _, dtype in types_within(lambda: network(images))} == {whole}
+
+    outputs[0].float().square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    with torch.autocast("cpu", half):
+        network(images).float().square().sum().backward()
+    for (name, parameter), gradient in zip(network.named_parameters(), gradients, strict=True):
+        assert gradient.dtype == whole
+        error = (gradient - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-3)
+        assert error < 0.1, name
+
+
+def test_an_error_within_mixed_precision_leaves_nothing_behind(bfloat16_processor):
+    autocast, _ = mixed_precision(bfloat16_processor, "auto")
+    with pytest.raises(RuntimeError), autocast:
+        nn.Conv2d(4, 4, 3, groups=4)(torch.zeros(1, 5, 8, 8))
+    assert not torch.is_autocast_enabled("cpu")
+    seen = types_within(lambda: nn.Conv2d(4, 4, 3, groups=4)(torch.zeros(1, 4, 8, 8)))
+    assert seen == [(4, torch.float32)]
