@@ -143,6 +143,8 @@ def test_depthwise_convolutions_alone_are_trained_in_float32(bfloat16_processor)
     assert outputs[0].dtype == half and torch.equal(*outputs)
     with autocast:
         assert network[1](network[0](images)).dtype == half  # for what follows
+        with torch.autocast("cpu", enabled=False):  # as a model may do for a part of itself
+            assert network[1](network[0](images)).dtype == whole
     with autocast, torch.no_grad():
         seen = types_within(lambda: network(images))
     assert {dtype for _, dtype in seen} == {half}
