@@ -26,9 +26,11 @@ __all__ = [
     "LOSSES",
     "SIDE",
     "LossCase",
+    "Overfitted",
     "check_losses",
     "check_training",
     "make_boxes",
+    "overfit",
     "run_loss_case",
 ]
 
@@ -268,7 +270,7 @@ def run_loss_case(
     return _LossSteps(got, expected, foreground, len(case.images))
 
 
-class _Overfitted(NamedTuple):
+class Overfitted(NamedTuple):
     """The result of a few training steps on one batch.
 
     Attributes:
@@ -289,12 +291,12 @@ def check_training(submission: Submission) -> CheckResult:
     result = CheckResult("training")
 
     @once
-    def overfitted() -> _Overfitted:
+    def overfitted() -> Overfitted:
         try:
-            return _overfit(submission, 2, 64, num_steps=10)
+            return overfit(submission, 2, 64, num_steps=10)
         except Exception:
             # With fixed sizes it may work on the assignment's batches only, which take longer.
-            return _overfit(submission, BATCH_SIZE, SIDE, num_steps=8)
+            return overfit(submission, BATCH_SIZE, SIDE, num_steps=8)
 
     def expect_fall(got: float, untrained: float, what: str) -> None:
         steps = overfitted().steps
@@ -331,7 +333,7 @@ def check_training(submission: Submission) -> CheckResult:
     return result
 
 
-def _overfit(submission: Submission, batch_size: int, side: int, num_steps: int) -> _Overfitted:
+def overfit(submission: Submission, batch_size: int, side: int, num_steps: int) -> Overfitted:
     """Train the detector on one batch of square images for a few steps."""
     images = torch.randn(batch_size, 3, side, side)
     gt_boxes = make_boxes(batch_size, side, side)
@@ -341,7 +343,8 @@ def _overfit(submission: Submission, batch_size: int, side: int, num_steps: int)
     with_random_weights(detector.pred_net.stem_box)
     before = [parameter.detach().clone() for parameter in detector.parameters()]
     gradients = {}
-    optimizer = torch.optim.Adam(detector.parameters(), lr=2e-3)
+    # With a higher rate, and batch norm over few values, the losses of right work may rise.
+    optimizer = torch.optim.Adam(detector.parameters(), lr=5e-4)
     for step in range(num_steps):
         optimizer.zero_grad()
         sum(to_plain_data(detector(images, gt_boxes)).values()).backward()
@@ -359,7 +362,7 @@ def _overfit(submission: Submission, batch_size: int, side: int, num_steps: int)
         _losses_with(detector, weights, images, gt_boxes) for weights in (before, after)
     )
     steps = f"{num_steps} steps of Adam on one batch of {batch_size} images"
-    return _Overfitted(trained, untrained, gradients, steps)
+    return Overfitted(trained, untrained, gradients, steps)
 
 
 @torch.no_grad()
