@@ -975,11 +975,15 @@ class FCOS(nn.Module):
         """Compile ``network_outputs`` for training; targets and losses stay as they are.
 
         Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
+        In training, each shape of a batch is compiled, which takes about a minute, up to PyTorch's
+        limit of eight; batches of more shapes run as they do without.
 
         Args:
             compile: False undoes it.
         """
-        self._compiled_network = torch.compile(self.network_outputs) if compile else None
+        # With dynamic shapes, compiling for the second size takes more than six minutes.
+        network = torch.compile(self.network_outputs, dynamic=False) if compile else None
+        self._compiled_network = network
 
     def compile_prediction(self) -> None:
         """Compile ``network_outputs`` for ``predict`` on images of one size, as of a camera.

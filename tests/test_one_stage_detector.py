@@ -157,8 +157,8 @@ def test_compiled_training(monkeypatch):
     calls = []
     compiler = torch.compile
 
-    def compile_and_count(function):
-        compiled = compiler(function, backend="eager")
+    def compile_and_count(function, **options):
+        compiled = compiler(function, backend="eager", **options)
 
         def count(images):
             calls.append(len(images))
@@ -182,6 +182,27 @@ def test_compiled_training(monkeypatch):
     assert detector.state_dict().keys() == plain.state_dict().keys()
     assert len(detector.eval()(images[:1])) == 3
     assert calls == [2]
+
+
+def test_batches_of_several_sizes_are_compiled_each(monkeypatch):
+    """One graph for all sizes would take the compiler more than six minutes."""
+    sizes_as_inputs = []
+    compiler = torch.compile
+
+    def backend(graph, inputs):
+        sizes_as_inputs.append([value for value in inputs if not isinstance(value, torch.Tensor)])
+        return graph
+
+    def compile_with_backend(function, **options):
+        return compiler(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_with_backend)
+    detector = make_fcos().train()
+    detector.compile_network()
+    boxes = pad([5, 5, 40, 50, 1]).expand(2, -1, -1)
+    for side in (64, 96, 64):
+        detector(torch.rand(2, 3, side, side), boxes)
+    assert sizes_as_inputs == [[], []]
 
 
 def test_state_dict_round_trip(detector, tmp_path):
