@@ -211,8 +211,8 @@ def train_detector(
             losses are float32 in any case.
         channels_last: store tensors with their channels together, which is faster on CPUs and on
             GPUs with tensor cores and changes no value beyond rounding.
-        compile: compile the network with ``torch.compile``: its first steps take a minute, the
-            others less time.
+        compile: compile the network with ``torch.compile``: the first step of each image size takes
+            one to two minutes more, the others take less time.
         run: saves checkpoints and the history, evaluates, and continues after a stop.
         plot_path: save the loss plot here. Without it, the plot is shown where there is a
             notebook or a window. With ``run``, the run draws the plot.
