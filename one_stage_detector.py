@@ -975,15 +975,17 @@ class FCOS(nn.Module):
         """Compile ``network_outputs`` for training; targets and losses stay as they are.
 
         Evaluation stays as it is, too: its images vary in size, and each size would be compiled.
-        In training, each shape of a batch is compiled, which takes about a minute, up to PyTorch's
-        limit of eight; batches of more shapes run as they do without.
+        In training, each shape of a batch is compiled, which takes one to two minutes, up to
+        PyTorch's limit of eight; batches of more shapes run as they do without.
 
         Args:
             compile: False undoes it.
         """
-        # With dynamic shapes, compiling for the second size takes more than six minutes.
-        network = torch.compile(self.network_outputs, dynamic=False) if compile else None
-        self._compiled_network = network
+        # With dynamic shapes, compiling EfficientNet-Lite0 for a second size took more than six
+        # minutes.
+        self._compiled_network = (
+            torch.compile(self.network_outputs, dynamic=False) if compile else None
+        )
 
     def compile_prediction(self) -> None:
         """Compile ``network_outputs`` for ``predict`` on images of one size, as of a camera.
