@@ -37,6 +37,7 @@ CHANGES: dict[str, list[str]] = {
     "frozen batch norm": ["--frozen-batch-norm"],
     "center sampling 1.5": ["--center-radius", "1.5"],
     "group norm in the head": ["--head-norm", "group"],
+    "four convolutions in each stem": ["--stem", "128,128,128,128"],
     "scale per level": ["--level-scales"],
     "gradients clipped at 5": ["--max-grad-norm", "5"],
     "backbone lr x 0.1": ["--backbone-lr-factor", "0.1"],
