@@ -18,6 +18,7 @@ pixels of the input tensor. A matched box is ``(x1, y1, x2, y2, class id)``, bac
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,7 @@ from eecs598.runtime import mean_over_processes
 __all__ = [
     "ASSIGNMENTS",
     "BOX_LOSSES",
+    "HEAD_NORMS",
     "QUALITY_TARGETS",
     "Candidates",
     "FCOS",
@@ -69,6 +71,7 @@ DEFAULT_NMS_THRESH = 0.6
 DECODED_BOX_WEIGHT = 2.0
 IOU_EPS = 1e-7  # in square pixels, so that empty boxes do not divide by 0
 
+HEAD_NORMS = ("none", "group", "group_box")  # see ``FCOSPredictionNetwork``
 GROUP_NORM_GROUPS = 32
 
 ASSIGNMENTS = ("size", "atss")  # of boxes to locations, see ``FCOSLoss``
@@ -95,8 +98,9 @@ class FCOSPredictionNetwork(nn.Module):
         num_classes: C.
         in_channels: channels of the pyramid levels.
         stem_channels: output channels of each stem convolution; an empty list gives no stem.
+        box_stem_channels: likewise of the stem before the boxes, where it differs.
         norm: ``"none"``, or ``"group"`` for group norm (arXiv 1803.08494) after each stem
-            convolution, as in the paper.
+            convolution, as in the paper, or ``"group_box"`` after those before the boxes alone.
         scaled_levels: names of the levels whose deltas are multiplied with a learned scale of
             their own (paper, section 3.2, the ``s_i`` in ``exp(s_i x)``, here without ``exp``).
         dropout: part of the channels that are dropped before the class logits in training
@@ -112,6 +116,7 @@ class FCOSPredictionNetwork(nn.Module):
         in_channels: int,
         stem_channels: Sequence[int],
         *,
+        box_stem_channels: Sequence[int] | None = None,
         norm: str = "none",
         scaled_levels: Iterable[str] = (),
         dropout: float = 0.0,
@@ -119,25 +124,27 @@ class FCOSPredictionNetwork(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}; expected at least 1.")
-        if norm not in ("none", "group"):
-            raise ValueError(f'norm={norm!r}; expected "none" or "group".')
+        _check_choice("norm", norm, HEAD_NORMS)
+        if box_stem_channels is None:
+            box_stem_channels = stem_channels
 
-        def stem() -> nn.Sequential:
+        def stem(channels: Sequence[int], group_norm: bool) -> nn.Sequential:
             layers: list[nn.Module] = []
-            for i, o in zip((in_channels, *stem_channels), stem_channels, strict=False):
+            for i, o in itertools.pairwise((in_channels, *channels)):
                 layers.append(nn.Conv2d(i, o, kernel_size=3, padding=1))
-                if norm == "group":
+                if group_norm:
                     layers.append(nn.GroupNorm(math.gcd(GROUP_NORM_GROUPS, o), o))
                 layers.append(nn.ReLU())
             return nn.Sequential(*layers)
 
-        channels = stem_channels[-1] if stem_channels else in_channels
-        self.stem_cls = stem()
-        self.stem_box = stem()
+        self.stem_cls = stem(stem_channels, group_norm=norm == "group")
+        self.stem_box = stem(box_stem_channels, group_norm=norm != "none")
         self.dropout = nn.Dropout2d(dropout)
-        self.pred_cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
-        self.pred_box = nn.Conv2d(channels, 4, kernel_size=3, padding=1)
-        self.pred_ctr = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
+        class_channels = (in_channels, *stem_channels)[-1]
+        box_channels = (in_channels, *box_stem_channels)[-1]
+        self.pred_cls = nn.Conv2d(class_channels, num_classes, kernel_size=3, padding=1)
+        self.pred_box = nn.Conv2d(box_channels, 4, kernel_size=3, padding=1)
+        self.pred_ctr = nn.Conv2d(box_channels, 1, kernel_size=3, padding=1)
         self.scales = nn.ParameterDict({level: torch.tensor(1.0) for level in scaled_levels})
 
         for module in self.modules():
@@ -843,6 +850,7 @@ class FCOS(nn.Module):
         num_classes: C, without background.
         fpn_channels: channels of the pyramid levels.
         stem_channels: output channels of the head's stem convolutions.
+        box_stem_channels: see ``FCOSPredictionNetwork``.
         backbone: see ``DetectorBackboneWithFPN``.
         weights: see ``DetectorBackboneWithFPN``.
         box_loss: ``"l1"`` on the deltas, or ``"giou"`` on the decoded boxes; ``BOX_LOSSES`` has
@@ -851,7 +859,7 @@ class FCOS(nn.Module):
             choices.
         assignment: see ``FCOSLoss``.
         center_radius: see ``fcos_match_locations_to_gt``.
-        head_norm: see ``FCOSPredictionNetwork``.
+        head_norm: likewise.
         head_dropout: likewise.
         level_scales: learn a scale of the deltas for each level.
         frozen_batch_norm: keep the running statistics of the backbone's batch norms in training,
@@ -888,6 +896,7 @@ class FCOS(nn.Module):
         fpn_channels: int,
         stem_channels: Sequence[int],
         *,
+        box_stem_channels: Sequence[int] | None = None,
         backbone: str = "regnet_x_400mf",
         weights: str | os.PathLike | None = "DEFAULT",
         box_loss: str = "l1",
@@ -912,6 +921,7 @@ class FCOS(nn.Module):
             num_classes,
             fpn_channels,
             stem_channels,
+            box_stem_channels=box_stem_channels,
             norm=head_norm,
             scaled_levels=strides if level_scales else (),
             dropout=head_dropout,

@@ -38,6 +38,12 @@ CHANGES: dict[str, list[str]] = {
     "center sampling 1.5": ["--center-radius", "1.5"],
     "group norm in the head": ["--head-norm", "group"],
     "four convolutions in each stem": ["--stem", "128,128,128,128"],
+    "four convolutions and group norm": ["--stem", "128,128,128,128", "--head-norm", "group"],
+    "group norm before the boxes": ["--head-norm", "group_box"],
+    "four convolutions and group norm before the boxes": [
+        *("--box-stem", "128,128,128,128"),
+        *("--head-norm", "group_box"),
+    ],
     "scale per level": ["--level-scales"],
     "gradients clipped at 5": ["--max-grad-norm", "5"],
     "backbone lr x 0.1": ["--backbone-lr-factor", "0.1"],

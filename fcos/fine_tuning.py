@@ -17,6 +17,7 @@ _ARCHITECTURE = (
     "backbone",
     "fpn_channels",
     "stem_channels",
+    "box_stem_channels",
     "head_norm",
     "level_scales",
     "quality",

@@ -122,20 +122,28 @@ def _settings_from_shapes(
     def weights(prefix: str) -> list[Tensor]:
         return [value for name, value in state.items() if name.startswith(prefix)]
 
-    stem = weights("pred_net.stem_cls.")
     fpn = weights("backbone.fpn_params.")
     if not fpn or "pred_net.pred_cls.bias" not in state:
         raise ValueError(
             f"{path} is a state dict, but not one of FCOS: it has no weights of the "
             f"{'head' if fpn else 'feature pyramid'} (keys such as {', '.join(list(state)[:3])})."
         )
-    convolutions = [value for value in stem if value.dim() == 4]
+
+    def stem(name: str) -> tuple[tuple[int, ...], bool]:
+        """Return the channels of a stem's convolutions, and whether it has group norm."""
+        values = weights(f"pred_net.{name}.")
+        channels = tuple(len(value) for value in values if value.dim() == 4)
+        # A convolution has a weight and a bias, and so has a group norm.
+        return channels, len(values) > 2 * len(channels)
+
+    stem_channels, class_norm = stem("stem_cls")
+    box_stem_channels, box_norm = stem("stem_box")
     model = ModelSettings(
         backbone=backbone,
         fpn_channels=len(fpn[0]),
-        stem_channels=tuple(len(value) for value in convolutions),
-        # A convolution has a weight and a bias, and so has a group norm.
-        head_norm="group" if len(stem) > 2 * len(convolutions) else "none",
+        stem_channels=stem_channels,
+        box_stem_channels=None if box_stem_channels == stem_channels else box_stem_channels,
+        head_norm="group" if class_norm else "group_box" if box_norm else "none",
         level_scales=bool(weights("pred_net.scales.")),
     )
     return Settings(model=model)

@@ -99,6 +99,7 @@ MORE = {
     "box_loss": "giou",
     "quality": "iou",
     "center_radius": 1.5,
+    "box_stem_channels": [8, 8, 8],
     "head_norm": "group",
     "level_scales": True,
 }

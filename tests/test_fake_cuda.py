@@ -101,6 +101,7 @@ MORE = {
     "box_loss": "giou",
     "quality": "iou",
     "center_radius": 1.5,
+    "box_stem_channels": [8, 8, 8],
     "head_norm": "group",
     "head_dropout": 0.1,
     "drop_path_rate": 0.1,

@@ -53,6 +53,18 @@ def test_head_and_locations_share_one_order():
             assert len(cells) > 0 and offsets.abs().max() <= 1  # a 3x3 convolution reaches so far
 
 
+def test_the_stem_before_the_boxes_can_be_another():
+    head = FCOSPredictionNetwork(3, 10, [8], box_stem_channels=[16, 12], norm="group_box")
+    assert [type(m) for m in head.stem_cls] == [nn.Conv2d, nn.ReLU]
+    assert [type(m) for m in head.stem_box] == [nn.Conv2d, nn.GroupNorm, nn.ReLU] * 2
+    outputs = head({"p3": torch.rand(2, 10, 5, 7)})
+    assert [output["p3"].shape[-1] for output in outputs] == [3, 4, 1]
+    assert head.pred_cls.in_channels == 8
+    assert head.pred_box.in_channels == head.pred_ctr.in_channels == 12
+    without = FCOSPredictionNetwork(3, 10, [8], box_stem_channels=[])
+    assert len(without.stem_cls) == 2 and len(without.stem_box) == 0
+
+
 def test_dropout_drops_whole_channels_before_the_class_logits_alone():
     head = FCOSPredictionNetwork(1, 4, [], dropout=0.5)
     nn.init.ones_(head.pred_cls.weight)
@@ -68,6 +80,13 @@ def test_dropout_drops_whole_channels_before_the_class_logits_alone():
 def test_head_needs_a_class():
     with pytest.raises(ValueError, match="num_classes=0"):
         FCOSPredictionNetwork(0, 8, [8])
+
+
+def test_the_choices_of_the_norm_are_said():
+    with pytest.raises(
+        ValueError, match=r'norm=.layer.; expected "none" or "group" or "group_box"'
+    ):
+        FCOSPredictionNetwork(2, 8, [8], norm="layer")
 
 
 def test_centerness_is_predicted_beside_the_box():

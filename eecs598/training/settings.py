@@ -87,6 +87,9 @@ class ModelSettings(_Group):
     stem_channels: tuple[int, ...] = _setting(
         (128, 128), "channels of the head's convolutions", option="stem", at_least=1
     )
+    box_stem_channels: tuple[int, ...] | None = _setting(
+        None, "the same before the boxes, where they differ", option="box-stem", at_least=1
+    )
     box_loss: Literal["l1", "giou", "diou"] = _setting("l1", "loss of the boxes")
     quality: Literal["centerness", "iou"] = _setting(
         "centerness", "what the class probability is multiplied with"
@@ -95,7 +98,9 @@ class ModelSettings(_Group):
         "size", "of locations to boxes: by the size of a box, or adaptively"
     )
     center_radius: float | None = _setting(None, "center sampling, in strides", above=0)
-    head_norm: Literal["none", "group"] = _setting("none", "normalization in the head")
+    head_norm: Literal["none", "group", "group_box"] = _setting(
+        "none", "normalization in the head, or before its boxes alone"
+    )
     head_dropout: float = _setting(
         0.0, "part of the channels dropped before the class logits", at_least=0, below=1
     )

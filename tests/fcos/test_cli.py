@@ -111,13 +111,20 @@ def test_a_plain_state_dict_is_evaluated_like_the_checkpoint(run_folder, capsys)
     assert "not one of FCOS" in capsys.readouterr().err
 
 
-def test_a_head_with_norm_and_scales_is_recognized(run_folder):
-    out = run_folder / "normed"
+@pytest.mark.parametrize(
+    "head",
+    [
+        ["--head-norm", "group", "--level-scales", "--stem", "8,16"],
+        ["--head-norm", "group_box", "--stem", "8", "--box-stem", "8,16"],
+    ],
+)
+def test_a_head_with_norm_and_scales_is_recognized(run_folder, tmp_path, head):
+    out = tmp_path / "run"
     train = ["train", "--data", str(run_folder / "shapes"), "--out", str(out), *SMALL]
-    assert cli.main([*train, "--head-norm", "group", "--level-scales", "--stem", "8,16"]) == 0
+    assert cli.main([*train, *head]) == 0
     model = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
-    torch.save(model, run_folder / "normed.pt")
-    arguments = ["eval", str(run_folder / "normed.pt"), "--data", str(run_folder / "shapes")]
+    torch.save(model, tmp_path / "plain.pt")
+    arguments = ["eval", str(tmp_path / "plain.pt"), "--data", str(run_folder / "shapes")]
     assert cli.main([*arguments, "--workers", "0", "--image-size", "64"]) == 0
 
 

@@ -24,7 +24,7 @@ from eecs598.training.settings import (
     Settings,
     from_recipe,
 )
-from one_stage_detector import ASSIGNMENTS, BOX_LOSSES, FCOS, QUALITY_TARGETS, FCOSPredictionNetwork
+from one_stage_detector import ASSIGNMENTS, BOX_LOSSES, FCOS, HEAD_NORMS, QUALITY_TARGETS
 
 
 def find(name: str) -> Setting:
@@ -90,10 +90,7 @@ def test_the_choices_of_a_setting_are_what_is_implemented():
     assert find("assignment").choices == ASSIGNMENTS
     for name in find("amp").choices:
         network_dtype(torch.device("cpu"), name)
-    for name in find("head_norm").choices:
-        FCOSPredictionNetwork(2, 8, [8], norm=name)
-    with pytest.raises(ValueError, match='expected "none" or "group"'):
-        FCOSPredictionNetwork(2, 8, [8], norm="other")
+    assert find("head_norm").choices == HEAD_NORMS
 
 
 # --------------------------------------------------------------------------------------------
@@ -153,6 +150,8 @@ def test_another_size_takes_the_sizes_of_the_batches_along(changed, sizes):
         ("learning_rate", "1e-3", 1e-3),
         ("stem_channels", "64,32", (64, 32)),
         ("stem_channels", "", ()),
+        ("box_stem_channels", "64,32", (64, 32)),
+        ("box_stem_channels", "none", None),
         ("augment", "flip,mosaic", ("flip", "mosaic")),
         ("augment", "none", ()),
         ("max_grad_norm", "none", None),

@@ -75,8 +75,8 @@ MUTANTS = [
     Mutant(
         "1x1 prediction convolution",
         "one_stage_detector",
-        "nn.Conv2d(channels, 4, kernel_size=3, padding=1)",
-        "nn.Conv2d(channels, 4, kernel_size=1)",
+        "nn.Conv2d(box_channels, 4, kernel_size=3, padding=1)",
+        "nn.Conv2d(box_channels, 4, kernel_size=1)",
         {"head": "3x3"},
     ),
     # Greetings
