@@ -45,8 +45,8 @@ FAULTS = [
         "20 classes in the prediction network",
         (
             DETECTOR,
-            "nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)",
-            "nn.Conv2d(channels, 20, kernel_size=3, padding=1)",
+            "nn.Conv2d(class_channels, num_classes, kernel_size=3, padding=1)",
+            "nn.Conv2d(class_channels, 20, kernel_size=3, padding=1)",
         ),
         {"other_sizes": 2},
     ),
