@@ -88,7 +88,7 @@ class ModelSettings(_Group):
         (128, 128), "channels of the head's convolutions", option="stem", at_least=1
     )
     box_stem_channels: tuple[int, ...] | None = _setting(
-        None, "the same before the boxes, where they differ", option="box-stem", at_least=1
+        None, "channels of those before the boxes, if others", option="box-stem", at_least=1
     )
     box_loss: Literal["l1", "giou", "diou"] = _setting("l1", "loss of the boxes")
     quality: Literal["centerness", "iou"] = _setting(
