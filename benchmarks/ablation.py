@@ -52,7 +52,7 @@ CHANGES: dict[str, list[str]] = {
     "flip + zoom + photometric": ["--augment", "flip,zoom,photometric"],
     "flip + zoom + mosaic": ["--augment", "flip,zoom,mosaic"],
     "flip + zoom + erasing": ["--augment", "flip,zoom,erasing"],
-    # A tenth of the 2,400 iterations of the fourth table in docs/experiments.md.
+    # A tenth of the 2,400 iterations of "Changes to `strong`" in docs/experiments.md.
     "flip + zoom + mosaic without the last 240 iterations": [
         *("--augment", "flip,zoom,mosaic"),
         *("--mosaic-off-iters", "240"),
