@@ -418,7 +418,13 @@ RECIPES: dict[str, Settings] = {
     "handout": Settings(),
     # RESULTS.md has what benchmarks/ablation.py says of each ingredient.
     "strong": Settings(
-        model=ModelSettings(box_loss="giou", drop_path_rate=0.1, classes_per_location=3),
+        model=ModelSettings(
+            box_stem_channels=(128, 128, 128, 128),
+            head_norm="group_box",
+            box_loss="giou",
+            drop_path_rate=0.1,
+            classes_per_location=3,
+        ),
         data=DataSettings(augment=("flip", "zoom", "photometric", "mosaic"), mosaic_off_iters=1500),
         optimization=OptimizationSettings(
             optimizer="adamw",
