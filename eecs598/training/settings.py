@@ -416,7 +416,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
 RECIPES: dict[str, Settings] = {
     # Exactly the assignment's model and schedule.
     "handout": Settings(),
-    # RESULTS.md has what benchmarks/ablation.py says of each ingredient.
+    # docs/experiments.md has what benchmarks/ablation.py says of each ingredient.
     "strong": Settings(
         model=ModelSettings(
             box_stem_channels=(128, 128, 128, 128),
