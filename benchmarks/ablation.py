@@ -100,11 +100,10 @@ def main() -> None:
         folder = _folder(args.out, name, seed)
         if (folder / "metrics.json").is_file():
             continue
-        command = [sys.executable, "-m", "fcos", "train", "--out", str(folder)]
+        command = [sys.executable, "-m", "fcos", "train", "--out", str(folder), "--data", args.data]
+        command += [*common, *CHANGES[name], "--seed", seed]
         if (folder / "run.json").is_file():
             command.append("--resume")
-        else:
-            command += ["--data", args.data, *common, *CHANGES[name], "--seed", seed]
         print(f"\n== {name}, seed {seed}", flush=True)
         with subprocess.Popen(command) as training:
             try:

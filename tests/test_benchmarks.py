@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,36 @@ def test_the_table_of_the_ablation_has_what_is_there(tmp_path):
         "| base | 30.0 % |  |  |",
         "| GIoU | 32.5, 34.5 % | +3.5 |  |",
     ]
+
+
+def test_a_stopped_row_of_the_ablation_is_resumed_with_the_same_options(tmp_path, monkeypatch):
+    commands = []
+
+    class Stopped:
+        """A training run that leaves its folder, as after a signal."""
+
+        def __init__(self, command):
+            commands.append(command)
+            folder = Path(command[command.index("--out") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.json").touch()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait(self):
+            return 143
+
+    monkeypatch.setattr(subprocess, "Popen", Stopped)
+    arguments = ["--data", "VOC", "--out", str(tmp_path), "--cache", "--rows", "GIoU"]
+    monkeypatch.setattr(sys, "argv", ["ablation", *arguments])
+    ablation.main()
+    ablation.main()
+    assert "--cache" in commands[0]
+    assert commands[1] == [*commands[0], "--resume"]
 
 
 def test_a_row_of_one_seed_says_how_far_the_choice_of_images_decides(tmp_path):
