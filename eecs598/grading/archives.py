@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 __all__ = ["Found", "find_submissions"]
 
 KEPT = (".py", ".ipynb", ".zip")  # what a grader reads; weights and pictures stay packed
-MAX_FILES = 5000  # of an archive
-MAX_BYTES = 2**28  # of an archive in another one, unpacked
-MAX_TOTAL_BYTES = 2**32  # of all archives together, those in others included
+# Files that are unpacked, and their bytes: of an archive in another one, and of all together.
+MAX_FILES, MAX_TOTAL_FILES = 5000, 200_000
+MAX_BYTES, MAX_TOTAL_BYTES = 2**28, 2**32
 MAX_DEPTH = 3  # of archives in archives
 CODE = (".py", ".ipynb")
 
@@ -66,7 +66,8 @@ class _Finder:
     def __init__(self, work_folder: Path) -> None:
         self._work_folder = work_folder
         self._number = 0
-        self._left = MAX_TOTAL_BYTES
+        self._files_left = MAX_TOTAL_FILES
+        self._bytes_left = MAX_TOTAL_BYTES
 
     def _new_folder(self) -> Path:
         self._number += 1
@@ -78,9 +79,12 @@ class _Finder:
         if path.is_file() and path.suffix.lower() == ".zip":
             folder = self._new_folder()
             try:
-                # One at the top may be the export of a whole class.
-                limit = min(self._left, MAX_BYTES) if depth else self._left
-                self._left -= _unpack(path, folder, limit)
+                max_files, max_bytes = self._files_left, self._bytes_left
+                if depth:  # one at the top may be the export of a whole class
+                    max_files, max_bytes = min(max_files, MAX_FILES), min(max_bytes, MAX_BYTES)
+                files, size = _unpack(path, folder, max_files, max_bytes)
+                self._files_left -= files
+                self._bytes_left -= size
             except Exception as error:  # of zipfile, zlib, lzma, ..., whatever a student sends
                 shutil.rmtree(folder)
                 yield Found(name, None, f"can't be unpacked: {error}")
@@ -129,26 +133,24 @@ class _Finder:
             yield Found(student, folder)
 
 
-def _unpack(archive: Path, folder: Path, limit: int) -> int:
+def _unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> tuple[int, int]:
     """Unpack the source files of an archive into a folder, and nothing outside of it.
 
     Args:
         archive: a zip file.
         folder: to unpack into.
-        limit: bytes to unpack at most.
+        max_files: to unpack at most.
+        max_bytes: the same.
 
     Returns:
-        Bytes that were unpacked.
+        The number of files that were unpacked, and of their bytes.
 
     Raises:
         ValueError: a member would leave the folder, or the archive has too much in it.
     """
     with zipfile.ZipFile(archive) as packed:
-        members = packed.infolist()
-        if len(members) > MAX_FILES:
-            raise ValueError(f"{len(members)} files, expected at most {MAX_FILES}")
-        left = limit
-        for member in members:
+        files, size = 0, 0
+        for member in packed.infolist():
             # Some programs for Windows write backslashes.
             path = PurePosixPath(member.filename.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", str(path)):
@@ -156,13 +158,16 @@ def _unpack(archive: Path, folder: Path, limit: int) -> int:
             is_link = stat.S_ISLNK(member.external_attr >> 16)
             if member.is_dir() or is_link or path.suffix.lower() not in KEPT:
                 continue
+            files += 1
+            if files > max_files:
+                raise ValueError(f"more than {max_files} files of code and archives")
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             # The sizes in an archive may be wrong, so bytes are counted.
             with packed.open(member) as source, target.open("wb") as unpacked:
                 while data := source.read(2**20):
-                    left -= len(data)
-                    if left < 0:
-                        raise ValueError(f"more than {limit / 2**20:.0f} MB unpacked")
+                    size += len(data)
+                    if size > max_bytes:
+                        raise ValueError(f"more than {max_bytes / 2**20:.0f} MB unpacked")
                     unpacked.write(data)
-        return limit - left
+        return files, size

@@ -106,12 +106,13 @@ def test_damaged_archives_are_named(find, tmp_path):
 
 def test_bombs_are_limited(find, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_TOTAL_BYTES", 2**20)
-    monkeypatch.setattr(archives, "MAX_FILES", 50)
+    monkeypatch.setattr(archives, "MAX_TOTAL_FILES", 50)
     large = find(pack(tmp_path / "large.zip", {"common.py": "0" * 2**21}))
     many = find(pack(tmp_path / "many.zip", {f"{n}.py": "" for n in range(60)}))
     (tmp_path / "broken.zip").write_bytes(b"PK")
     broken = find(tmp_path / "broken.zip")
-    assert "unpacked" in str(large) and "60 files" in str(many) and "not a zip" in str(broken)
+    assert "unpacked" in str(large) and "more than 50 files" in str(many)
+    assert "not a zip" in str(broken)
     deep = tmp_path / "0.zip"
     pack(deep, {"common.py": ""})
     for n in range(1, 8):
@@ -131,6 +132,19 @@ def test_all_archives_in_an_archive_share_one_limit(find, tmp_path, monkeypatch)
     found = find(tmp_path / "class.zip")
     refused = [name for name, files in found.items() if "unpacked" in str(files)]
     assert refused == ["bob", "eve"]  # one too large, one too many
+
+
+def test_a_class_may_have_more_files_than_a_student(find, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_FILES", 2)
+    flat = {f"submission_{n}/{file}": "" for n in range(3) for file in ("common.py", "picture.png")}
+    pack(tmp_path / "flat.zip", flat)
+    assert list(find(tmp_path / "flat.zip").values()) == [["common.py"]] * 3
+    with zipfile.ZipFile(tmp_path / "class.zip", "w") as packed:
+        for name, modules in {"ada": 2, "bob": 3}.items():
+            files = {f"{n}.py": "" for n in range(modules)} | {f"{n}.png": "" for n in range(9)}
+            packed.write(pack(tmp_path / f"{name}.zip", files), f"{name}.zip")
+    found = find(tmp_path / "class.zip")
+    assert found["ada"] == ["0.py", "1.py"] and "more than 2 files" in str(found["bob"])
 
 
 def test_two_submissions_of_one_name_stay_two(find, tmp_path):
