@@ -31,7 +31,7 @@ KINDS = {
     ),
     "unreadable": (
         "error",
-        "image files that can't be decoded",
+        "image files that can't be used",
         "Training stops at them: copy or download them again, or take them off the list.",
     ),
     "size": (

@@ -234,6 +234,12 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     Image.init()
     try:
         with _opened_quietly(path) as image:
+            width, height = image.size
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(
+                    f"it has {width} x {height} pixels, one side more than {MAX_ASPECT} times as "
+                    "long as the other; cut it into pieces"
+                )
             yield image
     except Exception as error:  # on damaged files, decoders raise errors of any kind
         raise ValueError(f"{path} can't be read as an image: {_reason(path, error)}") from error
@@ -384,11 +390,6 @@ class ImageFiles(Dataset[LoadedImage]):
         try:
             image = read_image(path)
             width, height = image.size
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(
-                    f"{path} has {width} x {height} pixels, one side more than {MAX_ASPECT} times "
-                    "as long as the other; cut it into pieces."
-                )
             pixels = normalize(resize_shorter_side(to_pixels(image), self.image_size))
         except (ValueError, MemoryError) as error:
             return LoadedImage(path, error=str(error) or f"{path} does not fit into memory.")

@@ -164,6 +164,12 @@ FAULTS = [
         "t1.jpg: its pixels have values from -1 to -1",
         lambda r: Image.new("F", (64, 48), -1.0).save(image(r, "t1"), "TIFF"),
     ),
+    (
+        "unreadable",
+        "error",
+        "t1.jpg: it has 3 x 151 pixels, one side more than 50 times",
+        lambda r: Image.new("RGB", (3, 151)).save(image(r, "t1")),
+    ),
     ("unreadable", "error", "t1.jpg: image file is trunc", lambda r: truncate(image(r, "t1"))),
     ("annotation", "error", "t0.xml cannot be read", lambda r: change(r, "t0", "<name>", "<nam>")),
     (
