@@ -934,6 +934,7 @@ class FCOS(nn.Module):
         self.class_names: list[str] | None = None  # those of ``from_pretrained``
         self._compiled_network: Callable[[Tensor], NetworkOutputs] | None = None
         self._compiled_prediction: Callable[[Tensor], NetworkOutputs] | None = None
+        self.train()  # which freezes batch norms
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | os.PathLike[str] = "voc2007") -> FCOS:
@@ -976,6 +977,13 @@ class FCOS(nn.Module):
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Make a copy the same as the original, for ``copy.deepcopy`` and ``pickle``."""
+        super().__setstate__(state)
+        # What was compiled is the original's network, with its weights.
+        self._compiled_network = self._compiled_prediction = None
+        self.train(self.training)  # torchvision's copies are in training mode
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the classification network, which may be pretrained."""

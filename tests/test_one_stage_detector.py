@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import pytest
@@ -35,7 +37,7 @@ def test_network_outputs(detector):
 
 
 def test_training_is_outputs_and_criterion():
-    detector = make_fcos(frozen_batch_norm=True).train()
+    detector = make_fcos(frozen_batch_norm=True)
     images, boxes = torch.rand(2, 3, 64, 64), pad([5, 5, 50, 60, 1]).repeat(2, 1, 1)
     average = detector.loss_normalizer.clone()
     losses = detector.criterion(detector.network_outputs(images), boxes, average)
@@ -52,13 +54,22 @@ def test_backbone_parameters_are_those_below_the_pyramid(detector):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_frozen_batch_norm_keeps_its_statistics(frozen):
-    detector = make_fcos(frozen_batch_norm=frozen).train()
+    detector = make_fcos(frozen_batch_norm=frozen)
     norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [norm.running_mean.clone() for norm in norms]
     detector(torch.rand(2, 3, 64, 64), pad([5, 5, 50, 60, 1]).repeat(2, 1, 1))
     same = [torch.equal(n.running_mean, old) for n, old in zip(norms, before, strict=True)]
     assert norms and all(same) == frozen and any(same) == frozen
     assert all(norm.weight.requires_grad for norm in norms)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_copy_is_in_the_same_mode(training, frozen):
+    detector = make_fcos(frozen_batch_norm=frozen).train(training)
+    modes = {name: module.training for name, module in detector.named_modules()}
+    for copied in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert {name: module.training for name, module in copied.named_modules()} == modes
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (225, 353), (97, 640)])
@@ -146,6 +157,10 @@ def test_compiled_prediction():
     for found, expected in zip(detector.predict(images, 0.08, 0.6), plain, strict=True):
         torch.testing.assert_close(found["scores"][0], expected["scores"][0], atol=1e-4, rtol=0)
         torch.testing.assert_close(found["boxes"][0], expected["boxes"][0], atol=1e-2, rtol=0)
+
+    copied = copy.deepcopy(detector)
+    nn.init.constant_(copied.pred_net.pred_cls.bias, -100)
+    assert all(len(found["scores"]) == 0 for found in copied.predict(images, 0.08, 0.6))
 
     nn.init.constant_(detector.pred_net.pred_cls.bias, -100)  # as a step of training would
     detector.train().eval()
