@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eecs598.deploy import OPSET, OnnxDetector, missing_onnx_packages
+from eecs598.deploy import OPSET, OnnxDetector, check_onnx_device, missing_onnx_packages
 from eecs598.runtime import gather, is_main_process, package_versions
 from fcos.export import export_detector
 from fcos.models import TrainedDetector, load_detector
@@ -133,6 +133,8 @@ def load_predictor(
     digest = _detector_hash(model)
     path = cache_folder() / f"{_export_hash(model, digest)}.onnx"
     usable = device == "cpu" and amp == "off" and not missing_onnx_packages()
+    if engine == "onnx":
+        check_onnx_device(device)  # before an export, which takes some time
     if engine == "onnx" or (engine == "auto" and usable and _worth_it(path, num_images)):
         try:
             return _with_onnx(_cached_export(model, path, device), size, device, digest)

@@ -7,6 +7,7 @@ from eecs598.deploy.onnx import (
     ExportCheck,
     OnnxDescription,
     OnnxDetector,
+    check_onnx_device,
     export_onnx,
     missing_onnx_packages,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "OnnxDescription",
     "OnnxDetector",
     "Totals",
+    "check_onnx_device",
     "detect",
     "export_onnx",
     "launch_demo",

@@ -36,6 +36,7 @@ __all__ = [
     "ExportCheck",
     "OnnxDescription",
     "OnnxDetector",
+    "check_onnx_device",
     "export_onnx",
     "missing_onnx_packages",
 ]
@@ -122,6 +123,23 @@ def _check_packages(*, to_export: bool) -> None:
         raise ValueError(
             f"ONNX needs {' and '.join(missing)}, not installed here. Install with: "
             'pip install "eecs598-fcos[onnx]"'
+        )
+
+
+def check_onnx_device(device: str) -> None:
+    """Check that ONNX Runtime is installed and can compute on a device.
+
+    Raises:
+        ValueError: it is not, or can't.
+    """
+    _check_packages(to_export=False)
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    if device.startswith("cuda") and "CUDAExecutionProvider" not in providers:
+        raise ValueError(
+            "this ONNX Runtime can't use a GPU: install onnxruntime-gpu in place of onnxruntime, "
+            "or choose --device cpu."
         )
 
 
@@ -452,15 +470,13 @@ class OnnxDetector(nn.Module):
         device: str = "cpu",
     ) -> None:
         super().__init__()
-        _check_packages(to_export=False)
+        check_onnx_device(device)
         if not os.path.isfile(source):
             raise ValueError(f"{source}: no such file.")
         try:
             self._session = _session(os.fspath(source), device)
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.description = OnnxDescription.from_metadata(metadata)
-        except _UnusableDevice:
-            raise
         except Exception as error:  # ONNX Runtime has many kinds, and no class for them
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ValueError(f"{source} can't be used as a detector: {reason}.") from error
@@ -537,10 +553,6 @@ def _check_call(images: np.ndarray, score_thresh: float, nms_thresh: float) -> N
             raise ValueError(f"{name} threshold={value!r}; expected a number from 0 to 1.")
 
 
-class _UnusableDevice(ValueError):
-    pass
-
-
 def _session(source: str | bytes, device: str) -> Any:
     """Open a file, or its bytes, with ONNX Runtime."""
     import onnxruntime
@@ -553,11 +565,6 @@ def _session(source: str | bytes, device: str) -> Any:
     options.enable_mem_pattern = False
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.startswith("cuda"):
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise _UnusableDevice(
-                "this ONNX Runtime can't use a GPU: install onnxruntime-gpu in place of "
-                "onnxruntime, or choose --device cpu."
-            )
         number = torch.device(device).index or 0
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     return onnxruntime.InferenceSession(source, options, providers)

@@ -195,6 +195,13 @@ def test_auto_exports_for_many_images(folder, cache, monkeypatch):
     assert engine.load_predictor(folder / "c.pt").engine.startswith("PyTorch")
 
 
+def test_nothing_is_exported_for_a_device_that_can_not_be_used(folder, cache, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ValueError, match="this ONNX Runtime can't use a GPU"):
+        engine.load_predictor(folder / "c.pt", engine="onnx", device="cuda")
+    assert not cache.exists()
+
+
 def test_a_detector_that_can_not_be_exported(folder, cache, monkeypatch, capsys):
     def failing(*_args: object, **_options: object) -> None:
         raise torch.onnx.OnnxExporterError("no such operator\nand much more")
