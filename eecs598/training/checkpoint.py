@@ -119,7 +119,7 @@ def find_state_dict(content: Any) -> dict[str, Tensor] | None:
     for state in (content, content.get("state_dict"), content.get("model")):
         if not isinstance(state, Mapping) or not state:
             continue
-        if all(isinstance(value, Tensor) for value in state.values()):
+        if all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
             return _without_wrappers(state)
     return None
 
@@ -138,8 +138,11 @@ def _describe_content(path: str | os.PathLike) -> str | None:
     if not start:
         return "it is empty"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return "it is damaged"
         if not any(name.endswith("/data.pkl") for name in names):
             return f"it is a zip file of something else ({', '.join(names[:3]) or 'nothing'})"
         return None

@@ -74,7 +74,14 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         archive.writestr("photos/cat.jpg", b"")
     assert "a zip file of something else (photos/cat.jpg)" in message()
     torch.save(STATE, path)
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
     assert "it is cut off" in message()
+    directory = whole.rindex(b"PK\1\2")  # the list of the members, of which this is the last
+    path.write_bytes(whole[:directory] + b"\0" * 4 + whole[directory + 4 :])
+    assert "it is damaged" in message()
     path.write_bytes(bytes(range(255, 127, -1)))  # as of a picture
     assert "UnpicklingError" in message()
+    torch.save({0: torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="nor a state dict"):
+        load_checkpoint(path)
