@@ -1,6 +1,6 @@
 """On a real GPU: what it computes is what the CPU computes, and a step never waits for it.
 
-    pytest -m cuda
+    pytest -m cuda tests/test_cuda.py
 
 Elsewhere these tests are skipped; ``tests/test_fake_cuda.py`` checks there what needs no values. To
 try them without a GPU: ``FCOS_CUDA_TESTS_ON=cpu pytest -m cuda tests/test_cuda.py``.
@@ -551,7 +551,8 @@ def test_the_notebook_as_a_script(shapes, tmp_path, schedule):
     script.write_text(f'if __name__ == "__main__":\n    exec({source!r})\n', encoding="utf-8")
     environment = os.environ | NO_NETWORK
     environment |= {"FCOS_DATA": str(shapes), "FCOS_SCHEDULE": schedule, "MPLBACKEND": "agg"}
-    environment |= {"FCOS_TRAIN_ITERS": str(iterations), "PYTHONPATH": str(ROOT)}
+    python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"FCOS_TRAIN_ITERS": str(iterations), "PYTHONPATH": os.pathsep.join(python_path)}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
