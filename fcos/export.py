@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--nms",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="end with thresholds and NMS (yes), or with the box of every location",
+        help="end with thresholds and NMS (yes), or with the boxes of every location",
     )
     parser.add_argument(
         "--half", action="store_true", help="compute in float16; needs a GPU to check it"
