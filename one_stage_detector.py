@@ -934,7 +934,7 @@ class FCOS(nn.Module):
         self.class_names: list[str] | None = None  # those of ``from_pretrained``
         self._compiled_network: Callable[[Tensor], NetworkOutputs] | None = None
         self._compiled_prediction: Callable[[Tensor], NetworkOutputs] | None = None
-        self.train()  # which freezes batch norms
+        self.train()  # with frozen batch norms, frozen from the start
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | os.PathLike[str] = "voc2007") -> FCOS:

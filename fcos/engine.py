@@ -102,8 +102,10 @@ def load_predictor(
     Raises:
         ValueError: as ``load_detector`` and ``OnnxDetector``, or options that exclude each other.
     """
-    if engine == "onnx" and amp != "off":
-        raise ValueError("--engine onnx computes in float32; use --amp off, or --engine torch.")
+    if engine == "onnx":
+        if amp != "off":
+            raise ValueError("--engine onnx computes in float32; use --amp off, or --engine torch.")
+        check_onnx_device(device)  # before an export, which takes some time
     if Path(checkpoint).suffix == ".onnx":
         if engine == "torch" or amp != "off":
             raise ValueError(
@@ -133,8 +135,6 @@ def load_predictor(
     digest = _detector_hash(model)
     path = cache_folder() / f"{_export_hash(model, digest)}.onnx"
     usable = device == "cpu" and amp == "off" and not missing_onnx_packages()
-    if engine == "onnx":
-        check_onnx_device(device)  # before an export, which takes some time
     if engine == "onnx" or (engine == "auto" and usable and _worth_it(path, num_images)):
         try:
             return _with_onnx(_cached_export(model, path, device), size, device, digest)

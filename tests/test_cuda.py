@@ -136,7 +136,6 @@ def test_detections_are_those_of_the_cpu(memory_format):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)  # so that no two scores are nearly equal
     there = copy.deepcopy(here).to(DEVICE).to(memory_format=memory_format)
-    there.eval()  # copies of a graph, as torchvision's backbones are, come out in training mode
     images = make_batch()[0].double()
     expected = here.predict(images, 0.05, 0.6)
     found = there.predict(images.to(DEVICE, memory_format=memory_format), 0.05, 0.6)
